@@ -1,0 +1,67 @@
+# Everything runs in .venv, made from the locked requirements. `make help` lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+SHELL := /bin/bash
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test test-slow lint types check format proto proto-environment lock models clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+.stamp-run: requirements/run.lock pyproject.toml
+	@echo "setting up .venv (once)"
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "Python 3.11 to 3.13 is needed; say which: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/run.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+.stamp-dev: .stamp-run requirements/dev.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.lock
+	@touch $@
+
+.stamp-proto: requirements/proto.lock
+	@$(PYTHON) -m venv .venv-proto
+	@.venv-proto/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/proto.lock
+	@touch $@
+
+demo: .stamp-run  ## ten minutes of a real trace on one simulated GPU, at maximum clock and throttled
+	$(BIN)/throttle demo --out out/demo
+
+test: .stamp-dev  ## unit, property and integration tests
+	$(BIN)/pytest -m "not slow"
+
+test-slow: .stamp-dev  ## the tests that take long
+	$(BIN)/pytest -m slow
+
+lint: .stamp-dev  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .stamp-dev  ## mypy, strict
+	$(BIN)/mypy
+
+check: lint types test  ## what CI runs
+
+format: .stamp-dev  ## let ruff format and fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto-environment: .stamp-proto  ## the locked stub generator, in an environment of its own
+
+proto: .stamp-proto  ## write the stubs in throttle/v1 from proto/
+	.venv-proto/bin/python scripts/generate_protos.py
+
+lock:  ## resolve and hash the dependencies anew (needs uv)
+	scripts/lock.sh --upgrade
+
+models: .stamp-run  ## profile the simulated GPU and train the shipped bundle from it
+	rm -rf out/profile
+	$(BIN)/throttle profile --gpu simulated --plant h200-qwen3-30b-a3b --out out/profile
+	$(BIN)/throttle-predictors train --data out/profile --out models
+
+clean:  ## remove what make made
+	rm -rf .venv .venv-proto .stamp-* out .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,104 @@
+"""How much work arrives: slow estimates of the offered load, on engine time.
+
+In an open loop the work that flows through an engine is the work that arrives, whatever the clock,
+so what the iterations have computed over the last minute estimates it at every fidelity, also where
+the engine tells only aggregates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from throttle.control.state import Phase
+
+if TYPE_CHECKING:
+    from throttle.control.state import IterationState
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedLoad:
+    """What arrives per second, and how it comes.
+
+    Attributes:
+        prefill_tokens_per_second: Prompt tokens to compute.
+        prefill_iterations_per_second: Iterations that compute prompts.
+        prefill_requests_per_iteration: Prompts in one of those.
+        prefill_kv_tokens_per_iteration: Tokens of those prompts already in KV.
+        decode_tokens_per_second: Output tokens.
+        context_tokens: Mean context of a generating request.
+    """
+
+    prefill_tokens_per_second: float
+    prefill_iterations_per_second: float
+    prefill_requests_per_iteration: float
+    prefill_kv_tokens_per_iteration: float
+    decode_tokens_per_second: float
+    context_tokens: float
+
+
+class LoadEstimator:
+    """Exponentially weighted sums over engine time.
+
+    Args:
+        time_constant_seconds: Age at which an observation weighs 1/e.
+        settling_seconds: Engine time that must be seen before the load is called known.
+    """
+
+    def __init__(self, time_constant_seconds: float, settling_seconds: float) -> None:
+        self._time_constant_seconds = time_constant_seconds
+        self._settling_seconds = settling_seconds
+        self._last_seconds: float | None = None
+        self._seen_seconds = 0.0
+        self._weight_seconds = 0.0
+        self._prefill_tokens = 0.0
+        self._prefill_iterations = 0.0
+        self._prefill_requests = 0.0
+        self._prefill_kv_tokens = 0.0
+        self._decode_tokens = 0.0
+        self._decode_kv_tokens = 0.0
+
+    def add(self, state: IterationState) -> None:
+        """Take in a completed iteration or a heartbeat; a planned state is not yet work done."""
+        if state.phase is Phase.PLANNED:
+            return
+        now = state.engine_time_seconds
+        if self._last_seconds is not None:
+            self._age(now - self._last_seconds)
+        self._last_seconds = now
+        if state.phase is not Phase.COMPLETED:
+            return
+        work = state.scheduled
+        self._decode_tokens += work.num_decode_requests
+        self._decode_kv_tokens += work.sum_decode_kv_tokens
+        if work.sum_prefill_tokens:
+            self._prefill_tokens += work.sum_prefill_tokens
+            self._prefill_iterations += 1.0
+            self._prefill_requests += work.num_prefill_requests
+            self._prefill_kv_tokens += work.sum_prefill_kv_tokens
+
+    def load(self) -> OfferedLoad | None:
+        """The present estimate; None until enough engine time was seen, or while nothing came."""
+        if self._seen_seconds < self._settling_seconds or self._decode_tokens < 1e-6:
+            return None
+        iterations = max(self._prefill_iterations, 1e-9)
+        return OfferedLoad(
+            prefill_tokens_per_second=self._prefill_tokens / self._weight_seconds,
+            prefill_iterations_per_second=self._prefill_iterations / self._weight_seconds,
+            prefill_requests_per_iteration=self._prefill_requests / iterations,
+            prefill_kv_tokens_per_iteration=self._prefill_kv_tokens / iterations,
+            decode_tokens_per_second=self._decode_tokens / self._weight_seconds,
+            context_tokens=self._decode_kv_tokens / self._decode_tokens,
+        )
+
+    def _age(self, elapsed_seconds: float) -> None:
+        decay = math.exp(-elapsed_seconds / self._time_constant_seconds)
+        self._seen_seconds += elapsed_seconds
+        self._weight_seconds = self._weight_seconds * decay + elapsed_seconds
+        self._prefill_tokens *= decay
+        self._prefill_iterations *= decay
+        self._prefill_requests *= decay
+        self._prefill_kv_tokens *= decay
+        self._decode_tokens *= decay
+        self._decode_kv_tokens *= decay

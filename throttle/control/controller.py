@@ -1,0 +1,385 @@
+"""Drives the way from a state to a decision for one engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from predictors.prediction import Prediction
+from throttle.control.arrivals import LoadEstimator
+from throttle.control.cruise import CarryingLimits, Equilibrium, equilibrium_shapes, settle
+from throttle.control.feedback import PredictionFeedback
+from throttle.control.lengths import LengthBeliefs
+from throttle.control.projection import Horizon, project, project_aggregates, shape_of
+from throttle.control.scoreboard import Column, LiveRequests, Scoreboard
+from throttle.control.selection import Binding, Decision, Reason, Selector
+from throttle.control.slack import (
+    SlackTable,
+    Slo,
+    measure_aggregate_slack,
+    measure_slack,
+)
+from throttle.control.state import EngineProfile, IterationState, Phase
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from predictors.prediction import Predictor
+    from throttle.control.settings import ControlSettings
+
+#: Iterations for which an aggregates-only horizon holds the present shape.
+_AGGREGATE_HORIZON_ITERATIONS = 32.0
+#: Completed iterations kept for feedback between two decisions; more are dropped, oldest first.
+_FEEDBACK_BACKLOG = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ClockRow:
+    """One clock of the what-if table; power is that of all GPUs of the engine."""
+
+    clock_mhz: int
+    iteration_seconds: float
+    iteration_upper_seconds: float
+    power_watts: float
+    long_run_power_watts: float | None
+    feasible: bool
+    slacks: tuple[Binding, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A decision and the table it was taken from."""
+
+    decision: Decision
+    rows: tuple[ClockRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Observation:
+    shape: tuple[float, ...]
+    seconds: float
+    clock_mhz: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Judgement:
+    """Everything a decision about running work is taken from; arrays are over clocks."""
+
+    latency_seconds: NDArray[np.float64]
+    latency_upper_seconds: NDArray[np.float64]
+    power_watts: NDArray[np.float64]
+    slack: SlackTable
+    covered: bool
+    kv_pressed: bool
+
+
+class Controller:
+    """One engine's brain: takes states in, gives decisions out.
+
+    Args:
+        profile: Who the engine is.
+        predictor: Predicts its iterations.
+        settings: What the operator tuned.
+    """
+
+    def __init__(
+        self, profile: EngineProfile, predictor: Predictor, settings: ControlSettings
+    ) -> None:
+        self._profile = profile
+        self._predictor = predictor
+        self._settings = settings
+        self._guards = settings.guards()
+        clocks = predictor.clocks_mhz
+        ceiling = clocks <= settings.ceiling_clock_ratio * clocks[-1]
+        self._ceiling = int(np.flatnonzero(ceiling)[-1]) if ceiling.any() else len(clocks) - 1
+        self._allowed = ceiling & (clocks >= settings.floor_clock_ratio * clocks[-1])
+        self._allowed[self._ceiling] = True
+        self._clocks_mhz = clocks
+        self._selector = Selector(clocks, settings.hysteresis())
+        self._scoreboard = Scoreboard(profile.default_slos)
+        self._lengths = LengthBeliefs()
+        self._load = LoadEstimator(
+            settings.load_time_constant_seconds, settings.load_settling_seconds
+        )
+        self._feedback = PredictionFeedback(settings.violation_ratio)
+        self._observations: list[_Observation] = []
+        self._last_clock_mhz = 0
+        self._cruise: Equilibrium | None = None
+        self._cruise_due_seconds = -np.inf
+        self._idle_since_seconds: float | None = None
+
+    @property
+    def latency_bias_ratio(self) -> float:
+        """Observed over predicted duration of decode iterations, smoothed."""
+        return self._feedback.bias_ratio(mixed=False)
+
+    @property
+    def coverage_ratio(self) -> float | None:
+        """Share of recent iterations within their upper bound; None before the first."""
+        return self._feedback.coverage_ratio
+
+    def observe(self, state: IterationState, observed_clock_mhz: int) -> None:
+        """Take in one state, in order.
+
+        Args:
+            state: What the engine said.
+            observed_clock_mhz: Clock read from its GPUs as the state came; 0 when not known.
+        """
+        for ended in self._scoreboard.apply(state):
+            self._lengths.add(ended.length_class, ended.generated_tokens, censored=ended.censored)
+        self._load.add(state)
+        seconds = state.iteration_duration_seconds
+        # Only an iteration that ran at one clock teaches the predictor anything.
+        steady = observed_clock_mhz == self._last_clock_mhz and observed_clock_mhz > 0
+        self._last_clock_mhz = observed_clock_mhz
+        if state.phase is Phase.COMPLETED and seconds is not None and steady:
+            shape = shape_of(state.scheduled)
+            if any(shape):
+                self._observations.append(_Observation(shape, seconds, observed_clock_mhz))
+                del self._observations[:-_FEEDBACK_BACKLOG]
+
+    def decide(self, state: IterationState) -> Decision:
+        """Choose the clock for what comes after `state`, which must have been observed."""
+        live = self._scoreboard.live()
+        now = state.engine_time_seconds
+        if self._idle(state, live):
+            return self._decide_idle(now)
+        self._idle_since_seconds = None
+        horizon = self._project(state, live)
+        if horizon.empty:
+            # Work waits and none of it can be scheduled: it is freed soonest at full speed.
+            return self._guarded(Reason.KV_PRESSURE, now)
+        return self._decide_busy(state, self._judge(state, horizon, now), now)
+
+    def evaluate(self, state: IterationState) -> Evaluation:
+        """Judge every clock for `state`, which must have been observed; changes nothing outside."""
+        live = self._scoreboard.live()
+        horizon = self._project(state, live)
+        now = state.engine_time_seconds
+        if self._idle(state, live) or horizon.empty:
+            return Evaluation(self.decide(state), ())
+        judgement = self._judge(state, horizon, now)
+        decision = self._decide_busy(state, judgement, now)
+        rows = tuple(self._row(judgement, index) for index in range(len(self._clocks_mhz)))
+        return Evaluation(decision, rows)
+
+    def _idle(self, state: IterationState, live: LiveRequests) -> bool:
+        if len(live.running) or len(live.waiting):
+            return False
+        queued = state.queued
+        waiting = queued.num_prefill_requests + queued.num_decode_requests
+        busy = state.phase is not Phase.HEARTBEAT and not state.scheduled.empty
+        if self._scoreboard.knows_requests:
+            # The iteration told of may have ended the last request.
+            busy = busy and state.phase is Phase.PLANNED
+        return waiting == 0 and not busy
+
+    def _decide_idle(self, now: float) -> Decision:
+        if self._idle_since_seconds is None:
+            self._idle_since_seconds = now
+        waited = now - self._idle_since_seconds
+        if not self._settings.parking or waited < self._settings.parking_delay_seconds:
+            index, reason = self._selector.current, Reason.HELD
+        else:
+            index, reason = self._selector.jump(0, now), Reason.PARKED
+        gpus = len(self._profile.gpu_uuids)
+        idle = self._predictor.idle_power_watts
+        return Decision(
+            target_clock_mhz=int(self._clocks_mhz[index]),
+            reason=reason,
+            predicted_power_watts=float(idle[index]) * gpus,
+            predicted_default_power_watts=float(idle[-1]) * gpus,
+            cruise_clock_mhz=self._cruise_clock_mhz(),
+        )
+
+    def _project(self, state: IterationState, live: LiveRequests) -> Horizon:
+        if not self._scoreboard.knows_requests:
+            return project_aggregates(state.scheduled, _AGGREGATE_HORIZON_ITERATIONS)
+        planned = self._planned_tokens(np.vstack([live.running, live.waiting]))
+        running = len(live.running)
+        return project(live, planned[:running], planned[running:], self._profile)
+
+    def _planned_tokens(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        return self._lengths.remaining_tokens(
+            tuple(self._scoreboard.length_classes),
+            rows[:, Column.LENGTH_CLASS],
+            rows[:, Column.GENERATED],
+            rows[:, Column.MAX_OUTPUT],
+            rows[:, Column.PREDICTED_OUTPUT],
+        )
+
+    def _judge(self, state: IterationState, horizon: Horizon, now: float) -> _Judgement:
+        prediction = self._predict(horizon.shapes, now)
+        mixed = horizon.shapes[:, 1] > 0
+        latency, upper = self._feedback.correct(prediction, mixed)
+        if self._scoreboard.knows_requests:
+            slack = measure_slack(horizon, latency, upper, now, self._guards)
+        else:
+            slack = measure_aggregate_slack(
+                horizon, upper, self._profile.default_slos, self._guards
+            )
+        near = max(horizon.prefill_segments_count, 1)
+        capacity = self._profile.kv_blocks_count * self._settings.kv_pressure_ratio
+        return _Judgement(
+            latency_seconds=latency[0],
+            latency_upper_seconds=upper[0],
+            power_watts=prediction.power_watts[0] * len(self._profile.gpu_uuids),
+            slack=slack,
+            covered=bool(self._predictor.covers(horizon.shapes[:near]).all()),
+            kv_pressed=horizon.blocked_requests_count > 0
+            or bool(horizon.kv_blocks.max() > capacity)
+            or _kv_usage_ratio(state) > self._settings.kv_pressure_ratio,
+        )
+
+    def _predict(self, shapes: NDArray[np.float64], now: float) -> Prediction:
+        """Predict the horizon, and in the same call what feedback and cruise ask for."""
+        observed = self._observations
+        load = self._load.load() if now >= self._cruise_due_seconds else None
+        blocks = [shapes]
+        if observed:
+            blocks.append(np.array([each.shape for each in observed]))
+        if load is not None:
+            limits = self._carrying_limits()
+            blocks.append(equilibrium_shapes(load, limits))
+        if len(blocks) == 1:
+            return self._predictor.predict(shapes)
+        prediction = self._predictor.predict(np.vstack(blocks))
+        first = len(shapes)
+        for row, each in enumerate(observed, start=first):
+            self._learn(each, prediction, row)
+        self._observations = []
+        if load is not None:
+            settled = _slice(prediction, first + len(observed), None)
+            mixed = blocks[-1][:, 1] > 0
+            latency, upper = self._feedback.correct(settled, mixed)
+            corrected = Prediction(latency, upper, settled.power_watts)
+            equilibrium = settle(load, limits, corrected, self._resting_power_watts())
+            self._cruise = equilibrium
+            self._cruise_due_seconds = now + self._settings.cruise_period_seconds
+        return _slice(prediction, 0, first)
+
+    def _learn(self, observation: _Observation, prediction: Prediction, row: int) -> None:
+        index = int(np.searchsorted(self._clocks_mhz, observation.clock_mhz))
+        if index == len(self._clocks_mhz) or self._clocks_mhz[index] != observation.clock_mhz:
+            return  # not a candidate clock: a power cap or another agent holds it
+        self._feedback.learn(
+            observation.seconds,
+            float(prediction.latency_seconds[row, index]),
+            float(prediction.latency_upper_seconds[row, index]),
+            mixed=observation.shape[1] > 0,
+        )
+
+    def _carrying_limits(self) -> CarryingLimits:
+        slos = self._profile.default_slos
+        guards = self._guards
+        tpot = slos.tpot_seconds * guards.tpot_ratio if slos.tpot_seconds else np.inf
+        tbt = slos.tbt_seconds * guards.tbt_ratio if slos.tbt_seconds else np.inf
+        ttft = slos.ttft_seconds * guards.ttft_ratio if slos.ttft_seconds else np.inf
+        kv_tokens = self._profile.kv_blocks_count * self._profile.kv_block_tokens
+        return CarryingLimits(
+            batch_requests=float(self._profile.running_requests_limit),
+            kv_tokens=kv_tokens * self._settings.kv_pressure_ratio,
+            tpot_seconds=min(tpot, tbt),
+            ttft_seconds=ttft,
+        )
+
+    def _resting_power_watts(self) -> NDArray[np.float64]:
+        idle = self._predictor.idle_power_watts
+        return np.full_like(idle, idle[0]) if self._settings.parking else idle
+
+    def _decide_busy(self, state: IterationState, judgement: _Judgement, now: float) -> Decision:
+        if judgement.kv_pressed:
+            index, reason = self._selector.jump(self._ceiling, now), Reason.KV_PRESSURE
+        elif not judgement.covered:
+            index, reason = self._selector.jump(self._ceiling, now), Reason.OUT_OF_ENVELOPE
+        elif self._blind(state):
+            index, reason = self._selector.jump(self._ceiling, now), Reason.POOR_INFORMATION
+        else:
+            feasible = (judgement.slack.least() >= 0.0) & self._allowed
+            index, reason = self._selector.choose(feasible, self._long_run_power_watts(), now)
+            index = min(index, self._ceiling)
+        return Decision(
+            target_clock_mhz=int(self._clocks_mhz[index]),
+            reason=reason,
+            binding=self._binding(judgement.slack, index),
+            predicted_iteration_seconds=float(judgement.latency_seconds[index]),
+            predicted_iteration_upper_seconds=float(judgement.latency_upper_seconds[index]),
+            predicted_power_watts=float(judgement.power_watts[index]),
+            predicted_default_iteration_seconds=float(judgement.latency_seconds[-1]),
+            predicted_default_power_watts=float(judgement.power_watts[-1]),
+            cruise_clock_mhz=self._cruise_clock_mhz(),
+            lost_requests_count=judgement.slack.lost_requests_count,
+        )
+
+    def _blind(self, state: IterationState) -> bool:
+        """Whether prompts wait under a TTFT limit and nothing tells for how long."""
+        return (
+            not self._scoreboard.knows_requests
+            and self._profile.default_slos.ttft_seconds is not None
+            and state.queued.num_prefill_requests > 0
+        )
+
+    def _guarded(self, reason: Reason, now: float) -> Decision:
+        index = self._selector.jump(self._ceiling, now)
+        return Decision(int(self._clocks_mhz[index]), reason)
+
+    def _binding(self, slack: SlackTable, index: int) -> Binding | None:
+        if len(slack.slos) == 0:
+            return None
+        row = int(np.argmin(slack.slack_seconds[:, index]))
+        return Binding(
+            Slo(int(slack.slos[row])),
+            int(slack.request_numbers[row]),
+            float(slack.slack_seconds[row, index]),
+        )
+
+    def _long_run_power_watts(self) -> NDArray[np.float64] | None:
+        if self._cruise is None:
+            return None
+        return np.where(self._allowed, self._cruise.power_watts, np.inf)
+
+    def _cruise_clock_mhz(self) -> int:
+        power = self._long_run_power_watts()
+        if power is None:
+            return 0
+        best = int(np.argmin(power))
+        return int(self._clocks_mhz[best]) if np.isfinite(power[best]) else 0
+
+    def _row(self, judgement: _Judgement, index: int) -> ClockRow:
+        slack = judgement.slack
+        slacks = []
+        for slo in Slo:
+            rows = np.flatnonzero(slack.slos == slo)
+            if len(rows):
+                row = rows[np.argmin(slack.slack_seconds[rows, index])]
+                number = int(slack.request_numbers[row])
+                slacks.append(Binding(slo, number, float(slack.slack_seconds[row, index])))
+        long_run = None
+        if self._cruise is not None and np.isfinite(self._cruise.power_watts[index]):
+            long_run = float(self._cruise.power_watts[index]) * len(self._profile.gpu_uuids)
+        return ClockRow(
+            clock_mhz=int(self._clocks_mhz[index]),
+            iteration_seconds=float(judgement.latency_seconds[index]),
+            iteration_upper_seconds=float(judgement.latency_upper_seconds[index]),
+            power_watts=float(judgement.power_watts[index]),
+            long_run_power_watts=long_run,
+            feasible=all(each.slack_seconds >= 0.0 for each in slacks),
+            slacks=tuple(slacks),
+        )
+
+
+def _slice(prediction: Prediction, start: int, stop: int | None) -> Prediction:
+    return Prediction(
+        prediction.latency_seconds[start:stop],
+        prediction.latency_upper_seconds[start:stop],
+        prediction.power_watts[start:stop],
+    )
+
+
+def _kv_usage_ratio(state: IterationState) -> float:
+    cache = state.kv_cache
+    if cache.used_blocks_count is not None and cache.total_blocks_count:
+        return cache.used_blocks_count / cache.total_blocks_count
+    return cache.usage_ratio or 0.0

@@ -1,0 +1,160 @@
+"""The clock of least long-run average power at the present load.
+
+Serving is open-loop: requests keep arriving while an iteration runs, so a slower clock makes
+batches larger, not the day longer. Each clock is therefore judged at the equilibrium it would
+settle at: with N iterations per second, of which some compute prompts, the batch is B = output
+tokens per second / N, and N follows from the predicted durations at that batch. Average power is
+then busy-with-prompts * P_mixed + busy-with-decode * P_decode + idle * P_idle.
+
+This replaces "lowest feasible clock", P*t and (P - P_idle)*t, each of which is right at one load
+and wrong at another (docs/decisions/0002-long-run-average-power.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from predictors.prediction import Prediction
+    from throttle.control.arrivals import OfferedLoad
+
+#: Batches at which durations are predicted; between them they are interpolated.
+_BATCH_GRID = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512.0])
+#: The equilibrium batch is bisected between these, on a logarithmic scale, to within 0.01 %.
+_LEAST_BATCH = 1e-3
+_BISECTIONS = 18
+#: A clock at which prompts alone keep the engine this busy has no equilibrium worth the name.
+_PREFILL_BUSY_LIMIT = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class CarryingLimits:
+    """What an equilibrium may not exceed.
+
+    Attributes:
+        batch_requests: Generating requests at once.
+        kv_tokens: Tokens of context at once.
+        tpot_seconds: Mean gap between tokens; infinite when not limited.
+        ttft_seconds: Mean time to first token; infinite when not limited.
+    """
+
+    batch_requests: float
+    kv_tokens: float
+    tpot_seconds: float
+    ttft_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Equilibrium:
+    """What each clock settles at, (C,) each.
+
+    Attributes:
+        power_watts: Long-run average power of one GPU; infinite where the load is not carried.
+        batch_requests: Mean number of generating requests.
+        busy_ratio: Share of time in which something runs.
+        tpot_seconds: Mean gap between tokens.
+    """
+
+    power_watts: NDArray[np.float64]
+    batch_requests: NDArray[np.float64]
+    busy_ratio: NDArray[np.float64]
+    tpot_seconds: NDArray[np.float64]
+
+
+def equilibrium_shapes(load: OfferedLoad, limits: CarryingLimits) -> NDArray[np.float64]:
+    """Shapes whose prediction `settle` needs: decode iterations, then mixed ones, (2G, 6)."""
+    grid = _grid(limits)
+    decode = np.zeros((len(grid), 6))
+    decode[:, 3] = decode[:, 5] = grid
+    decode[:, 4] = grid * load.context_tokens
+    mixed = decode.copy()
+    iterations = max(load.prefill_iterations_per_second, 1e-9)
+    mixed[:, 0] = max(load.prefill_requests_per_iteration, 1.0)
+    mixed[:, 1] = max(load.prefill_tokens_per_second / iterations, 1.0)
+    mixed[:, 2] = load.prefill_kv_tokens_per_iteration
+    return np.vstack([decode, mixed])
+
+
+def settle(
+    load: OfferedLoad,
+    limits: CarryingLimits,
+    prediction: Prediction,
+    idle_power_watts: NDArray[np.float64],
+) -> Equilibrium:
+    """Find the equilibrium of every clock.
+
+    Args:
+        load: What arrives.
+        limits: What may not be exceeded.
+        prediction: Of `equilibrium_shapes(load, limits)`.
+        idle_power_watts: Power while nothing runs, if this clock is the cruise clock, (C,).
+    """
+    grid = _grid(limits)
+    decode_seconds, mixed_seconds = np.split(prediction.latency_seconds, 2)
+    decode_watts, mixed_watts = np.split(prediction.power_watts, 2)
+    mixed_rate = load.prefill_iterations_per_second
+
+    def iterations_per_second(batch: NDArray[np.float64]) -> NDArray[np.float64]:
+        at = _interpolation(grid, _while_busy(batch))
+        prefill_share = np.minimum(at(mixed_seconds) * mixed_rate, _PREFILL_BUSY_LIMIT)
+        return mixed_rate + (1.0 - prefill_share) / at(decode_seconds)
+
+    # Below the equilibrium more tokens arrive than the batch generates, above it fewer.
+    low = np.full(decode_seconds.shape[1], np.log(_LEAST_BATCH))
+    high = np.full_like(low, np.log(grid[-1]))
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        batch = np.exp(middle)
+        short = batch * iterations_per_second(batch) < load.decode_tokens_per_second
+        low, high = np.where(short, middle, low), np.where(short, high, middle)
+    batch = np.exp(high)
+    rate = iterations_per_second(batch)
+    at = _interpolation(grid, _while_busy(batch))
+    prefill_share = at(mixed_seconds) * mixed_rate
+    # Requests come and go independently: their number is Poisson, and idle time is exp(-mean).
+    busy = prefill_share + (1.0 - prefill_share) * -np.expm1(-batch)
+    power = (
+        prefill_share * at(mixed_watts)
+        + (busy - prefill_share) * at(decode_watts)
+        + (1.0 - busy) * idle_power_watts
+    )
+    first_token = at(mixed_seconds) / (1.0 - np.minimum(prefill_share, _PREFILL_BUSY_LIMIT))
+    carried = (
+        (prefill_share < _PREFILL_BUSY_LIMIT)
+        & (batch < 0.999 * min(limits.batch_requests, grid[-1]))
+        & (batch * load.context_tokens < limits.kv_tokens)
+        & (rate * limits.tpot_seconds >= 1.0)
+        & (first_token <= limits.ttft_seconds)
+    )
+    return Equilibrium(np.where(carried, power, np.inf), batch, busy, 1.0 / rate)
+
+
+def _grid(limits: CarryingLimits) -> NDArray[np.float64]:
+    return _BATCH_GRID[max(limits.batch_requests, 2.0) >= _BATCH_GRID]
+
+
+def _while_busy(batch: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean of a Poisson number given that it is not zero."""
+    given: NDArray[np.float64] = batch / -np.expm1(-np.maximum(batch, 1e-9))
+    return given
+
+
+def _interpolation(
+    grid: NDArray[np.float64], batch: NDArray[np.float64]
+) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    """Interpolate (G, C) tables at one batch per clock, linearly, clipped to the grid."""
+    lower = np.clip(np.searchsorted(grid, batch, side="right") - 1, 0, len(grid) - 2)
+    share = np.clip((batch - grid[lower]) / (grid[lower + 1] - grid[lower]), 0.0, 1.0)
+    columns = np.arange(len(batch))
+
+    def at(table: NDArray[np.float64]) -> NDArray[np.float64]:
+        return table[lower, columns] * (1.0 - share) + table[lower + 1, columns] * share
+
+    return at

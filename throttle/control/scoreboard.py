@@ -1,0 +1,240 @@
+"""Which requests live, and where each one stands.
+
+The scoreboard of throttLL'eM (Kakolyris et al., HPCA 2025, section IV), kept in columns: one row of
+floats per request, so that a projection reads all of them with one gather.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from throttle.control.state import (
+    EventKind,
+    IterationState,
+    Phase,
+    RequestEvent,
+    RequestProgress,
+    Slos,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+_INITIAL_ROWS = 64
+
+
+class Column(enum.IntEnum):
+    """Columns of a request's row. Times are engine time; limits are infinite where none applies."""
+
+    NUMBER = 0  # the engine's number
+    ARRIVAL = 1  # seconds; NaN when the arrival was not seen
+    PROMPT = 2  # tokens
+    TARGET = 3  # tokens that must be in KV before the next output token
+    COMPUTED = 4  # of those, tokens already in KV
+    GENERATED = 5  # output tokens so far
+    MAX_OUTPUT = 6  # tokens; infinite when not limited
+    PREDICTED_OUTPUT = 7  # tokens; NaN when the engine does not guess
+    LENGTH_CLASS = 8  # index of its class
+    FIRST_TOKEN = 9  # seconds; NaN before it
+    FIRST_GENERATED = 10  # output tokens at that moment: 1, or more when it was first seen late
+    TTFT = 11  # seconds
+    TBT = 12  # seconds
+    TPOT = 13  # seconds
+    E2E = 14  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRequests:
+    """Rows of live requests, (n, len(Column)), in the order in which they are served.
+
+    Attributes:
+        running: Requests that hold KV blocks.
+        waiting: Requests that hold none, first come first.
+    """
+
+    running: NDArray[np.float64]
+    waiting: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class EndedRequest:
+    """A request that left; `censored` when its own end was not seen."""
+
+    length_class: str
+    generated_tokens: int
+    censored: bool
+
+
+class Scoreboard:
+    """Applies states in order and answers which requests live."""
+
+    def __init__(self, default_slos: Slos) -> None:
+        self._default_slos = default_slos
+        self._rows = np.full((_INITIAL_ROWS, len(Column)), np.nan)
+        self._free = list(range(_INITIAL_ROWS - 1, -1, -1))
+        self._slot_by_number: dict[int, int] = {}
+        self._class_index: dict[str, int] = {}
+        self._running: list[int] = []
+        self._waiting: dict[int, None] = {}  # request numbers, in order of arrival
+        self._progress_seen = False
+
+    @property
+    def knows_requests(self) -> bool:
+        """Whether the engine tells of requests one by one; without, only aggregates are known."""
+        return self._progress_seen
+
+    @property
+    def length_classes(self) -> Sequence[str]:
+        """Names of the length classes; the position is the class's index."""
+        return tuple(self._class_index)
+
+    def live(self) -> LiveRequests:
+        """Rows of the running and the waiting requests, copied."""
+        waiting = [self._slot_by_number[number] for number in self._waiting]
+        return LiveRequests(self._rows[self._running], self._rows[waiting])
+
+    def apply(self, state: IterationState) -> list[EndedRequest]:
+        """Take in one state; returns the requests that ended with it."""
+        ended = []
+        for event in state.request_events:
+            gone = self._apply_event(event, state.engine_time_seconds)
+            if gone is not None:
+                ended.append(gone)
+        if state.progress is not None:
+            self._progress_seen = True
+            ended += self._apply_progress(state.progress, state)
+        return ended
+
+    def _apply_event(self, event: RequestEvent, now: float) -> EndedRequest | None:
+        number = event.request_number
+        slot = self._slot_by_number.get(number)
+        if event.kind is EventKind.ARRIVED:
+            if slot is None:  # a replay after a reconnect repeats arrivals
+                self._admit(event, now)
+            return None
+        if slot is None:
+            return None  # it lived and ended between two states, or before this stream
+        row = self._rows[slot]
+        if event.kind is EventKind.FIRST_TOKEN:
+            row[Column.FIRST_TOKEN] = now - event.age_seconds
+            row[Column.FIRST_GENERATED] = 1
+            row[Column.GENERATED] = max(row[Column.GENERATED], 1)
+            return None
+        if event.kind is EventKind.PREEMPTED:
+            # Recompute: prompt and generated tokens are computed anew, as one prompt.
+            row[Column.GENERATED] = event.generated_tokens
+            row[Column.TARGET] = row[Column.PROMPT] + event.generated_tokens
+            row[Column.COMPUTED] = 0
+            # A preempted request goes back to the head of the queue, as in vLLM.
+            self._waiting = {number: None, **self._waiting}
+            if slot in self._running:
+                self._running.remove(slot)
+            return None
+        return self._end(event, slot)
+
+    def _admit(self, event: RequestEvent, now: float) -> None:
+        slot = self._take_slot(event.request_number)
+        slos = event.slos.over(self._default_slos)
+        row = self._rows[slot]
+        row[:] = np.nan
+        row[Column.NUMBER] = event.request_number
+        row[Column.ARRIVAL] = now - event.age_seconds
+        row[Column.PROMPT] = row[Column.TARGET] = event.prompt_tokens
+        row[Column.COMPUTED] = min(event.cached_tokens, event.prompt_tokens)
+        row[Column.GENERATED] = 0
+        row[Column.MAX_OUTPUT] = _or(event.max_output_tokens, math.inf)
+        row[Column.PREDICTED_OUTPUT] = _or(event.predicted_output_tokens, math.nan)
+        row[Column.LENGTH_CLASS] = self._class_of(event.length_class)
+        row[Column.TTFT] = _or(slos.ttft_seconds, math.inf)
+        row[Column.TBT] = _or(slos.tbt_seconds, math.inf)
+        row[Column.TPOT] = _or(slos.tpot_seconds, math.inf)
+        row[Column.E2E] = _or(slos.e2e_seconds, math.inf)
+        self._waiting[event.request_number] = None
+
+    def _end(self, event: RequestEvent, slot: int) -> EndedRequest:
+        row = self._rows[slot]
+        generated = max(event.generated_tokens, int(row[Column.GENERATED]))
+        cut = event.kind is EventKind.ABORTED or generated >= row[Column.MAX_OUTPUT]
+        self._waiting.pop(event.request_number, None)
+        if slot in self._running:
+            self._running.remove(slot)
+        del self._slot_by_number[event.request_number]
+        self._free.append(slot)
+        return EndedRequest(self._class_name(row), generated, cut)
+
+    def _apply_progress(
+        self, progress: RequestProgress, state: IterationState
+    ) -> list[EndedRequest]:
+        slots = self._slot_by_number
+        running = []
+        for position, number in enumerate(progress.request_numbers):
+            slot = slots.get(number)
+            if slot is None:
+                slot = self._meet_late(number, progress.computed_prompt_tokens[position])
+            running.append(slot)
+            self._waiting.pop(number, None)
+        vanished = [self._drop(slot) for slot in set(self._running).difference(running)]
+        self._running = running
+        if not running:
+            return vanished
+        index = np.array(running)
+        rows = self._rows
+        generated = np.asarray(progress.generated_tokens, dtype=np.float64)
+        rows[index, Column.COMPUTED] = progress.computed_prompt_tokens
+        rows[index, Column.GENERATED] = generated
+        # A resumed request whose answer grows again has its recomputed tokens in KV.
+        prompt, target = rows[index, Column.PROMPT], rows[index, Column.TARGET]
+        rows[index, Column.TARGET] = np.where(prompt + generated > target, prompt, target)
+        if state.phase is not Phase.PLANNED:
+            fresh = np.isnan(rows[index, Column.FIRST_TOKEN]) & (generated >= 1)
+            rows[index[fresh], Column.FIRST_TOKEN] = state.engine_time_seconds
+            rows[index[fresh], Column.FIRST_GENERATED] = generated[fresh]
+        return vanished
+
+    def _drop(self, slot: int) -> EndedRequest:
+        """A request that stopped running without a word: its end is unknown."""
+        row = self._rows[slot]
+        del self._slot_by_number[int(row[Column.NUMBER])]
+        self._free.append(slot)
+        return EndedRequest(self._class_name(row), int(row[Column.GENERATED]), censored=True)
+
+    def _meet_late(self, number: int, computed_tokens: int) -> int:
+        """A running request whose arrival was never told: it has no TTFT and no E2E limit."""
+        slot = self._take_slot(number)
+        row = self._rows[slot]
+        row[:] = np.nan
+        row[Column.NUMBER] = number
+        row[Column.PROMPT] = row[Column.TARGET] = row[Column.COMPUTED] = max(computed_tokens, 1)
+        row[Column.GENERATED] = 0
+        row[Column.MAX_OUTPUT] = math.inf
+        row[Column.LENGTH_CLASS] = self._class_of("")
+        row[Column.TTFT] = row[Column.E2E] = math.inf
+        row[Column.TBT] = _or(self._default_slos.tbt_seconds, math.inf)
+        row[Column.TPOT] = _or(self._default_slos.tpot_seconds, math.inf)
+        return slot
+
+    def _take_slot(self, number: int) -> int:
+        if not self._free:
+            count = len(self._rows)
+            self._rows = np.vstack([self._rows, np.full_like(self._rows, np.nan)])
+            self._free = list(range(2 * count - 1, count - 1, -1))
+        slot = self._free.pop()
+        self._slot_by_number[number] = slot
+        return slot
+
+    def _class_name(self, row: NDArray[np.float64]) -> str:
+        return tuple(self._class_index)[int(row[Column.LENGTH_CLASS])]
+
+    def _class_of(self, name: str) -> int:
+        return self._class_index.setdefault(name, len(self._class_index))
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value

@@ -1,0 +1,66 @@
+"""What an operator may tune."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from throttle.control.selection import Hysteresis
+from throttle.control.slack import Guards
+
+
+@dataclass(frozen=True, slots=True)
+class ControlSettings:
+    """What an operator may tune; every field is a key of the configuration's [control] section.
+
+    Attributes:
+        ttft_guard_ratio: Share of the time left to a first token that may be planned with.
+        tbt_guard_ratio: Share of the limit on a single gap that may be planned with.
+        tpot_guard_ratio: Share of the limit on the mean gap that may be planned with.
+        e2e_guard_ratio: Share of the time left to a last token that may be planned with.
+        reserve_seconds: Kept back from every first token for one switch and one decision.
+        violation_ratio: Share of iterations that may exceed the latency bound.
+        floor_clock_ratio: Lowest clock while work runs, as a share of the highest.
+        ceiling_clock_ratio: Highest clock ever chosen, as a share of the highest.
+        dwell_seconds: Least engine time between a change and a lower clock.
+        least_gain_ratio: Share of long-run power that a change must save.
+        raise_step_ratio: Least relative step upwards when slack forces it.
+        load_time_constant_seconds: Memory of the load estimate.
+        load_settling_seconds: Engine time seen before the load estimate is believed.
+        cruise_period_seconds: Engine time between two computations of the cruise clock.
+        parking: Whether an idle engine's GPUs go to their lowest clock.
+        parking_delay_seconds: Engine time without work before that.
+        kv_pressure_ratio: Share of the KV cache, now or projected, beyond which the clock is raised
+            to the fastest.
+    """
+
+    ttft_guard_ratio: float = 0.8
+    tbt_guard_ratio: float = 0.95
+    tpot_guard_ratio: float = 0.95
+    e2e_guard_ratio: float = 0.9
+    reserve_seconds: float = 0.05
+    violation_ratio: float = 0.01
+    floor_clock_ratio: float = 0.4
+    ceiling_clock_ratio: float = 1.0
+    dwell_seconds: float = 1.0
+    least_gain_ratio: float = 0.01
+    raise_step_ratio: float = 0.1
+    load_time_constant_seconds: float = 60.0
+    load_settling_seconds: float = 5.0
+    cruise_period_seconds: float = 1.0
+    parking: bool = True
+    parking_delay_seconds: float = 0.5
+    kv_pressure_ratio: float = 0.95
+
+    def guards(self) -> Guards:
+        """How much of each limit may be planned with."""
+        return Guards(
+            self.ttft_guard_ratio,
+            self.tbt_guard_ratio,
+            self.tpot_guard_ratio,
+            self.e2e_guard_ratio,
+            self.reserve_seconds,
+        )
+
+    def hysteresis(self) -> Hysteresis:
+        """How reluctantly clocks change."""
+        return Hysteresis(self.dwell_seconds, self.least_gain_ratio, self.raise_step_ratio)

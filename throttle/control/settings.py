@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from throttle.control.selection import Hysteresis
@@ -64,3 +65,51 @@ class ControlSettings:
     def hysteresis(self) -> Hysteresis:
         """How reluctantly clocks change."""
         return Hysteresis(self.dwell_seconds, self.least_gain_ratio, self.raise_step_ratio)
+
+    def problems(self) -> list[str]:
+        """Values that cannot be used; one line each."""
+        found = [
+            f"{name} is {getattr(self, name)}; allowed: above 0, up to 1"
+            for name in _SHARES
+            if not 0.0 < getattr(self, name) <= 1.0
+        ]
+        found += [
+            f"{name} is {getattr(self, name)}; allowed: 0 or more, finite"
+            for name in _NOT_NEGATIVE
+            if not 0.0 <= getattr(self, name) < math.inf
+        ]
+        if not 0.0 < self.load_time_constant_seconds < math.inf:
+            found.append(
+                f"load_time_constant_seconds is {self.load_time_constant_seconds}; "
+                "allowed: above 0, finite"
+            )
+        if not 0.0 < self.violation_ratio < 0.5:
+            found.append(
+                f"violation_ratio is {self.violation_ratio}; allowed: above 0, below 0.5"
+            )
+        if self.floor_clock_ratio > self.ceiling_clock_ratio:
+            found.append(
+                f"floor_clock_ratio is {self.floor_clock_ratio}; "
+                f"allowed: up to ceiling_clock_ratio ({self.ceiling_clock_ratio})"
+            )
+        return found
+
+
+_SHARES = (
+    "ttft_guard_ratio",
+    "tbt_guard_ratio",
+    "tpot_guard_ratio",
+    "e2e_guard_ratio",
+    "floor_clock_ratio",
+    "ceiling_clock_ratio",
+    "kv_pressure_ratio",
+)
+_NOT_NEGATIVE = (
+    "reserve_seconds",
+    "dwell_seconds",
+    "least_gain_ratio",
+    "raise_step_ratio",
+    "load_settling_seconds",
+    "cruise_period_seconds",
+    "parking_delay_seconds",
+)

@@ -1,0 +1,298 @@
+"""The ordered features that both models see: the contract between training and serving."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from predictors.analytic import NominalGpu, Roofline
+from predictors.errors import PredictorsError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from predictors.architecture import ModelArchitecture
+
+#: Feature name -> unit, in the order of the models' columns. The first is the only one that depends
+#: on the clock; `predictors.sweep` relies on that.
+FEATURES: dict[str, str] = {
+    "clock_ratio": "clock / maximum clock",
+    "prefill_requests_count": "requests",
+    "prefill_tokens": "tokens",
+    "prefill_kv_tokens": "tokens",
+    "decode_requests_count": "requests",
+    "decode_kv_tokens": "tokens",
+    "decode_tokens": "tokens",
+    "tokens": "tokens",
+    "mean_decode_kv_tokens": "tokens / request",
+    "prefill_attention_pairs": "query-key pairs",
+    "active_experts_count": "experts / layer",
+    "fullest_rank_experts_count": "experts / layer and GPU",
+    "tokens_per_active_expert": "tokens / expert",
+    "weight_bytes": "bytes / GPU",
+    "kv_bytes": "bytes / GPU",
+    "flops_count": "FLOP / GPU",
+    "compute_seconds": "seconds at maximum clock",
+    "memory_seconds": "seconds at maximum clock",
+    "compute_ratio": "compute / (compute + memory + fixed)",
+    "memory_ratio": "memory / (compute + memory + fixed)",
+}
+CLOCK_FEATURE = 0
+
+#: Load features whose range in training decides what a bundle covers.
+ENVELOPE_FEATURES: tuple[str, ...] = (
+    "prefill_requests_count",
+    "prefill_tokens",
+    "prefill_kv_tokens",
+    "decode_requests_count",
+    "decode_kv_tokens",
+    "decode_tokens",
+    "tokens",
+    "mean_decode_kv_tokens",
+)
+
+
+def envelope_columns(shapes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Load features of (K, 6) shapes, (K, 8), columns as in `ENVELOPE_FEATURES`."""
+    columns = np.empty((len(shapes), len(ENVELOPE_FEATURES)))
+    columns[:, :6] = shapes
+    columns[:, 6] = shapes[:, 1] + shapes[:, 5]
+    columns[:, 7] = shapes[:, 4] / np.maximum(shapes[:, 3], 1.0)
+    return columns
+
+
+def expected_active_experts(
+    tokens: NDArray[np.float64], experts_count: int, experts_per_token: int
+) -> NDArray[np.float64]:
+    """Experts of one layer that at least one token takes, if the router chooses uniformly.
+
+    A = E * (1 - (1 - k/E)^n), the expectation for n independent tokens that each take k of E
+    experts. Skewed routing activates fewer.
+
+    Args:
+        tokens: Tokens in the iteration, any shape; fractions allowed.
+        experts_count: E.
+        experts_per_token: k.
+
+    Returns:
+        Expected experts, of the shape of `tokens`.
+    """
+    if experts_per_token >= experts_count:
+        return np.full_like(tokens, experts_count, dtype=np.float64)
+    log_missed = math.log1p(-experts_per_token / experts_count)
+    active: NDArray[np.float64] = np.expm1(tokens * log_missed)
+    active *= -experts_count
+    return active
+
+
+@dataclass(frozen=True, slots=True)
+class Parallelism:
+    """How a model is spread over GPUs.
+
+    Attributes:
+        tensor_parallel_count: GPUs that share every attention layer.
+        expert_parallel_count: GPUs that share the experts, each whole; 1 when experts are cut.
+    """
+
+    tensor_parallel_count: int = 1
+    expert_parallel_count: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse counts below one.
+
+        Raises:
+            PredictorsError: Naming the count.
+        """
+        for name in ("tensor_parallel_count", "expert_parallel_count"):
+            if getattr(self, name) < 1:
+                raise PredictorsError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one GPU does in an iteration; arrays are (K,), projections read the same bytes always.
+
+    Attributes:
+        active_experts_count: Expected active experts per layer over all GPUs.
+        fullest_rank_experts_count: The same on the GPU that has most.
+        prefill_attention_pairs: Query-key pairs of prompt attention.
+        expert_bytes: Bytes of active routed experts over all layers.
+        expert_flops: FLOP in routed experts.
+        projection_bytes: Bytes of all other weights.
+        projection_flops: FLOP with these weights.
+        attention_flops: FLOP of prompt attention.
+        kv_bytes: Bytes of KV read and written.
+        sequences_count: Requests in the iteration.
+    """
+
+    active_experts_count: NDArray[np.float64]
+    fullest_rank_experts_count: NDArray[np.float64]
+    prefill_attention_pairs: NDArray[np.float64]
+    expert_bytes: NDArray[np.float64]
+    expert_flops: NDArray[np.float64]
+    projection_bytes: float
+    projection_flops: NDArray[np.float64]
+    attention_flops: NDArray[np.float64]
+    kv_bytes: NDArray[np.float64]
+    sequences_count: NDArray[np.float64]
+
+
+class FeatureSpace:
+    """Turns shapes into features for one model, spread in one way, on one kind of GPU.
+
+    Args:
+        architecture: The model's dimensions.
+        parallelism: How it is spread.
+        gpu: Nominal figures of the GPU.
+    """
+
+    def __init__(
+        self, architecture: ModelArchitecture, parallelism: Parallelism, gpu: NominalGpu
+    ) -> None:
+        self.architecture = architecture
+        self.parallelism = parallelism
+        self.gpu = gpu
+        self.roofline = Roofline(architecture.layers_count, architecture.weight_bytes, gpu)
+        model, tp = architecture, parallelism.tensor_parallel_count
+        ranks = parallelism.expert_parallel_count
+        self._ranks = ranks
+        # Gaussian estimate of the largest of `ranks` counts: mean + deviation * sqrt(2 ln ranks)
+        self._spread = math.sqrt(2.0 * math.log(ranks))
+        self._bytes_per_expert = (
+            model.moe_layers_count
+            * model.expert_weight_count
+            * model.weight_bytes
+            / max(1, tp // ranks)
+        )
+        self._expert_flops_per_token = (
+            2.0
+            * model.moe_layers_count
+            * model.experts_per_token
+            * model.expert_weight_count
+            / max(tp, ranks)
+        )
+        other_moe = model.moe_layers_count * (model.shared_weight_count + model.router_weight_count)
+        feed_forward = model.dense_layers_count * model.dense_weight_count + other_moe
+        attention = model.layers_count * model.attention_weight_count_per_layer
+        self._projection_bytes = (
+            attention * model.attention_weight_bytes
+            + feed_forward * model.weight_bytes
+            + model.lm_head_weight_count * 2.0
+        ) / tp
+        self._flops_per_token = 2.0 * (attention + feed_forward) / tp
+        self._flops_per_logit = 2.0 * model.lm_head_weight_count / tp
+        # MLA keeps one compressed KV on every GPU; key-value heads are shared out
+        copies = 1 if model.attention == "mla" else min(tp, model.kv_heads_count)
+        layer_bytes = model.kv_elements_per_token_and_layer * model.kv_bytes / copies
+        windowed, full = (
+            model.sliding_layers_count,
+            model.layers_count - model.sliding_layers_count,
+        )
+        self._full_kv_bytes, self._windowed_kv_bytes = full * layer_bytes, windowed * layer_bytes
+        pair_flops = (
+            2.0
+            * model.attention_heads_count
+            * (2 * model.head_dimension + model.rope_head_dimension)
+        )
+        self._full_pair_flops = full * pair_flops / tp
+        self._windowed_pair_flops = windowed * pair_flops / tp
+
+    def work(self, columns: NDArray[np.float64]) -> Work:
+        """Work of K iterations on the busiest GPU.
+
+        Args:
+            columns: (6, K), rows as in `SHAPE_COLUMNS`.
+        """
+        requests, prefill, prefill_kv, decoding, decode_kv, decode = columns
+        model = self.architecture
+        tokens = prefill + decode
+        active = expected_active_experts(tokens, model.experts_count, model.experts_per_token)
+        fullest = active
+        if self._ranks > 1:
+            # experts of a rank are active like independent draws: binomial variance
+            fullest = active / self._ranks
+            missed = 1.0 - active / model.experts_count
+            fullest = fullest + self._spread * np.sqrt(fullest * missed)
+            np.minimum(fullest, model.experts_count / self._ranks, out=fullest)
+        # n equal prompts of c new tokens over k old ones: n * (c * k + c^2 / 2) pairs
+        pairs = prefill * (prefill_kv + 0.5 * prefill) / np.maximum(requests, 1.0)
+        attention_flops = pairs * self._full_pair_flops
+        kv_bytes = (decode_kv + prefill_kv + tokens) * self._full_kv_bytes
+        if self._windowed_kv_bytes:
+            window = model.sliding_window_tokens
+            attention_flops += np.minimum(pairs, prefill * window) * self._windowed_pair_flops
+            near = np.minimum(decode_kv + prefill_kv, (decoding + requests) * window)
+            kv_bytes += (near + tokens) * self._windowed_kv_bytes
+        return Work(
+            active,
+            fullest,
+            pairs,
+            fullest * self._bytes_per_expert,
+            tokens * self._expert_flops_per_token,
+            self._projection_bytes,
+            tokens * self._flops_per_token + (decode + requests) * self._flops_per_logit,
+            attention_flops,
+            kv_bytes,
+            decoding + requests,
+        )
+
+    def build(self, shapes: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Features without the clock, and the roofline's terms.
+
+        Args:
+            shapes: (K, 6), columns as in `SHAPE_COLUMNS`; fractions allowed.
+
+        Returns:
+            Features (F, K) in the order of `FEATURES`, row `CLOCK_FEATURE` left at one; terms
+            (8, K) of `Roofline.terms`.
+
+        Raises:
+            PredictorsError: If a row has no work, or the matrix has another width.
+        """
+        if shapes.ndim != 2 or shapes.shape[1] != 6:
+            raise PredictorsError(f"shapes have the form {shapes.shape}; allowed: (K, 6)")
+        columns = np.ascontiguousarray(shapes.T)
+        work = self.work(columns)
+        terms = self.roofline.terms(work)
+        tokens = columns[1] + columns[5]
+        if not (tokens > 0.0).all() or not math.isfinite(columns.sum()):
+            raise PredictorsError("a shape has no tokens or NaN; allowed: finite rows with work")
+        memory = terms[2] + terms[3] + terms[5]
+        compute = terms[4] + terms[6] + terms[7]
+        total = memory + compute + terms[0]
+        features = np.empty((len(FEATURES), len(tokens)), dtype=np.float32)
+        features[0] = 1.0
+        features[1:7] = columns
+        features[7] = tokens
+        features[8] = columns[4] / np.maximum(columns[3], 1.0)
+        features[9] = work.prefill_attention_pairs
+        features[10] = work.active_experts_count
+        features[11] = work.fullest_rank_experts_count
+        features[12] = tokens / work.active_experts_count
+        features[13] = work.expert_bytes + work.projection_bytes
+        features[14] = work.kv_bytes
+        features[15] = work.expert_flops + work.projection_flops + work.attention_flops
+        features[16] = compute
+        features[17] = memory
+        features[18] = compute / total
+        features[19] = memory / total
+        return features, terms
+
+    def rows(
+        self, shapes: NDArray[np.float64], clock_ratios: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Model input for one clock per shape, as training needs it.
+
+        Args:
+            shapes: (N, 6).
+            clock_ratios: (N,) clock over maximum clock.
+
+        Returns:
+            (N, F) float32 features and the roofline's terms (8, N).
+        """
+        features, terms = self.build(shapes)
+        features[CLOCK_FEATURE] = clock_ratios
+        return np.ascontiguousarray(features.T), terms

@@ -9,7 +9,14 @@ import numpy as np
 
 from predictors.prediction import Prediction
 from throttle.control.arrivals import LoadEstimator
-from throttle.control.cruise import CarryingLimits, Equilibrium, equilibrium_shapes, settle
+from throttle.control.cruise import (
+    CarryingLimits,
+    Equilibrium,
+    Interruptions,
+    equilibrium_shapes,
+    expect_interruptions,
+    settle,
+)
 from throttle.control.feedback import PredictionFeedback
 from throttle.control.lengths import LengthBeliefs
 from throttle.control.projection import Horizon, project, project_aggregates, shape_of
@@ -107,6 +114,7 @@ class Controller:
         self._observations: list[_Observation] = []
         self._last_clock_mhz = 0
         self._cruise: Equilibrium | None = None
+        self._interruptions: Interruptions | None = None
         self._cruise_due_seconds = -np.inf
         self._idle_since_seconds: float | None = None
 
@@ -215,7 +223,8 @@ class Controller:
         mixed = horizon.shapes[:, 1] > 0
         latency, upper = self._feedback.correct(prediction, mixed)
         if self._scoreboard.knows_requests:
-            slack = measure_slack(horizon, latency, upper, now, self._guards)
+            stretch = self._stretch_ratio(horizon)
+            slack = measure_slack(horizon, latency, upper, now, self._guards, stretch)
         else:
             slack = measure_aggregate_slack(
                 horizon, upper, self._profile.default_slos, self._guards
@@ -232,6 +241,14 @@ class Controller:
             or bool(horizon.kv_blocks.max() > capacity)
             or _kv_usage_ratio(state) > self._settings.kv_pressure_ratio,
         )
+
+    def _stretch_ratio(self, horizon: Horizon) -> NDArray[np.float64] | None:
+        """Prompts to come stretch decode segments; those that are here have their own segments."""
+        if self._interruptions is None:
+            return None
+        stretch = self._interruptions.at(horizon.shapes[:, 3])
+        stretch[: horizon.prefill_segments_count] = 1.0
+        return stretch
 
     def _predict(self, shapes: NDArray[np.float64], now: float) -> Prediction:
         """Predict the horizon, and in the same call what feedback and cruise ask for."""
@@ -257,6 +274,9 @@ class Controller:
             corrected = Prediction(latency, upper, settled.power_watts)
             equilibrium = settle(load, limits, corrected, self._resting_power_watts())
             self._cruise = equilibrium
+            self._interruptions = expect_interruptions(
+                load, limits, corrected, self._settings.burst_deviations
+            )
             self._cruise_due_seconds = now + self._settings.cruise_period_seconds
         return _slice(prediction, 0, first)
 

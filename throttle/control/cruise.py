@@ -32,6 +32,8 @@ _LEAST_BATCH = 1e-3
 _BISECTIONS = 18
 #: A clock at which prompts alone keep the engine this busy has no equilibrium worth the name.
 _PREFILL_BUSY_LIMIT = 0.95
+#: Bursts are planned for over about the time that a mean gap is judged over: 48 tokens.
+_BURST_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,50 @@ def equilibrium_shapes(load: OfferedLoad, limits: CarryingLimits) -> NDArray[np.
     mixed[:, 1] = max(load.prefill_tokens_per_second / iterations, 1.0)
     mixed[:, 2] = load.prefill_kv_tokens_per_iteration
     return np.vstack([decode, mixed])
+
+
+@dataclass(frozen=True, slots=True)
+class Interruptions:
+    """How much prompts that have not come yet will stretch the time between tokens.
+
+    A generating request shares its iterations with the prompts of later arrivals, so that N
+    iterations take longer than N decode iterations. With m prompt iterations per second, each
+    `mixed - decode` seconds longer, time is stretched by 1 / (1 - m * (mixed - decode)).
+
+    Attributes:
+        batches: Batches of the table's rows, rising, (G,).
+        ratios: Stretch at each batch and clock, 1 or more, (G, C).
+    """
+
+    batches: NDArray[np.float64]
+    ratios: NDArray[np.float64]
+
+    def at(self, batch: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Stretch at each of (K,) batches and every clock, (K, C)."""
+        grid = self.batches
+        lower = np.clip(np.searchsorted(grid, batch, side="right") - 1, 0, len(grid) - 2)
+        share = np.clip((batch - grid[lower]) / (grid[lower + 1] - grid[lower]), 0.0, 1.0)
+        share = share[:, None]
+        return self.ratios[lower] * (1.0 - share) + self.ratios[lower + 1] * share
+
+
+def expect_interruptions(
+    load: OfferedLoad, limits: CarryingLimits, prediction: Prediction, deviations: float
+) -> Interruptions:
+    """Stretch by later arrivals, with a margin for bursts.
+
+    Args:
+        load: What arrives.
+        limits: As given to `equilibrium_shapes`.
+        prediction: Of `equilibrium_shapes(load, limits)`.
+        deviations: Standard deviations of a Poisson number of prompt iterations, over
+            `_BURST_SECONDS`, that are planned for on top of the mean.
+    """
+    decode_seconds, mixed_seconds = np.split(prediction.latency_seconds, 2)
+    mean = load.prefill_iterations_per_second
+    rate = mean + deviations * np.sqrt(mean / _BURST_SECONDS)
+    share = np.clip(rate * (mixed_seconds - decode_seconds), 0.0, _PREFILL_BUSY_LIMIT)
+    return Interruptions(_grid(limits), 1.0 / (1.0 - share))
 
 
 def settle(

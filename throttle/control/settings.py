@@ -19,6 +19,7 @@ class ControlSettings:
         tpot_guard_ratio: Share of the limit on the mean gap that may be planned with.
         e2e_guard_ratio: Share of the time left to a last token that may be planned with.
         reserve_seconds: Kept back from every first token for one switch and one decision.
+        burst_deviations: Standard deviations of the number of prompts to come that are planned for.
         violation_ratio: Share of iterations that may exceed the latency bound.
         floor_clock_ratio: Lowest clock while work runs, as a share of the highest.
         ceiling_clock_ratio: Highest clock ever chosen, as a share of the highest.
@@ -39,6 +40,7 @@ class ControlSettings:
     tpot_guard_ratio: float = 0.95
     e2e_guard_ratio: float = 0.9
     reserve_seconds: float = 0.05
+    burst_deviations: float = 1.0
     violation_ratio: float = 0.01
     floor_clock_ratio: float = 0.4
     ceiling_clock_ratio: float = 1.0
@@ -106,6 +108,7 @@ _SHARES = (
 )
 _NOT_NEGATIVE = (
     "reserve_seconds",
+    "burst_deviations",
     "dwell_seconds",
     "least_gain_ratio",
     "raise_step_ratio",

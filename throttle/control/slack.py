@@ -95,7 +95,14 @@ class _Rows:
 class _Timeline:
     """Projected time to positions in the horizon, at every clock."""
 
-    def __init__(self, horizon: Horizon, latency: NDArray[np.float64]) -> None:
+    def __init__(
+        self,
+        horizon: Horizon,
+        latency: NDArray[np.float64],
+        stretch: NDArray[np.float64] | None,
+    ) -> None:
+        if stretch is not None:
+            latency = latency * stretch
         self._latency = latency
         spent = np.cumsum(latency * horizon.iterations[:, None], axis=0)
         self._before = np.vstack([np.zeros(latency.shape[1]), spent[:-1]])
@@ -119,6 +126,7 @@ def measure_slack(
     latency_upper_seconds: NDArray[np.float64],
     now_seconds: float,
     guards: Guards,
+    stretch_ratio: NDArray[np.float64] | None = None,
 ) -> SlackTable:
     """Slack of every limit of a per-request horizon.
 
@@ -128,9 +136,11 @@ def measure_slack(
         latency_upper_seconds: Its calibrated upper bound, (K, C).
         now_seconds: Engine time.
         guards: How much of each limit may be planned with.
+        stretch_ratio: How much longer each segment takes than its iterations, since prompts that
+            have not come yet will interrupt it, (K, C); None for not at all.
     """
-    expected = _Timeline(horizon, latency_seconds)
-    upper = _Timeline(horizon, latency_upper_seconds)
+    expected = _Timeline(horizon, latency_seconds, stretch_ratio)
+    upper = _Timeline(horizon, latency_upper_seconds, stretch_ratio)
     rows = [
         _first_token_rows(horizon, now_seconds, guards),
         *_last_token_rows(horizon, now_seconds, guards),

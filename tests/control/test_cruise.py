@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from throttle.control.arrivals import LoadEstimator, OfferedLoad
-from throttle.control.cruise import CarryingLimits, equilibrium_shapes, settle
+from throttle.control.cruise import (
+    CarryingLimits,
+    equilibrium_shapes,
+    expect_interruptions,
+    settle,
+)
 from throttle.control.state import IterationState, Phase, ScheduledRequests
 from throttle.testing import FormulaPredictor
 
@@ -80,6 +85,18 @@ def test_clocks_that_cannot_carry_the_load_within_a_limit_are_out():
 
 def test_more_prompts_than_a_clock_can_compute_have_no_equilibrium():
     assert np.isinf(_settle(_load(200.0, requests_per_second=60.0)).power_watts).all()
+
+
+def test_interruptions_stretch_time_by_what_prompts_add_per_second():
+    load = _load(1000.0)
+    prediction = PREDICTOR.predict(equilibrium_shapes(load, OPEN))
+    interruptions = expect_interruptions(load, OPEN, prediction, deviations=0.0)
+    decode, mixed = np.split(prediction.latency_seconds, 2)
+    row = int(np.searchsorted(interruptions.batches, 16))
+    expected = 1.0 / (1.0 - 5.0 * (mixed[row, -1] - decode[row, -1]))
+    assert interruptions.at(np.array([16.0]))[0, -1] == pytest.approx(expected)
+    bursts = expect_interruptions(load, OPEN, prediction, deviations=1.0)
+    assert (bursts.ratios >= interruptions.ratios).all()
 
 
 def _completed(now, decodes, prompt_tokens=0):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from throttle.control.lengths import LengthBeliefs, LengthCurve
+from throttle.control.lengths import LengthBeliefs, LengthCurve, RequestLengths
 
 
 def _remaining(curve, generated):
@@ -40,9 +40,10 @@ def test_classes_are_learned_apart():
         beliefs.add("short", 10, censored=False)
         beliefs.add("long", 2000, censored=False)
     none = np.full(2, np.nan)
-    planned = beliefs.remaining_tokens(
-        ["short", "long"], np.array([0, 1]), np.zeros(2), np.full(2, math.inf), none
+    requests = RequestLengths(
+        ["short", "long"], np.array([0.0, 1.0]), np.zeros(2), np.full(2, math.inf), none
     )
+    planned = beliefs.beliefs(requests).planned_tokens
     assert planned[0] < 40
     assert planned[1] > 1000
 
@@ -54,22 +55,36 @@ def test_classes_are_learned_apart():
 )
 def test_planned_tokens_are_whole_positive_and_within_the_limit(generated, limit, predicted):
     generated, limit = math.floor(generated), math.floor(limit)
-    (planned,) = LengthBeliefs().remaining_tokens(
-        [""],
-        np.zeros(1),
-        np.array([float(generated)]),
-        np.array([float(limit)]),
-        np.array([predicted]),
+    belief = LengthBeliefs().beliefs(
+        RequestLengths(
+            [""],
+            np.zeros(1),
+            np.array([float(generated)]),
+            np.array([float(limit)]),
+            np.array([predicted]),
+        )
     )
+    (planned,), (early,) = belief.planned_tokens, belief.early_tokens
     assert planned >= 1
     assert planned == math.floor(planned)
     assert planned <= max(limit - generated, 1)
+    assert 1 <= early <= planned
+
+
+def test_one_answer_in_fifty_ends_within_its_early_tokens():
+    curve = LengthCurve()
+    random = np.random.default_rng(3)
+    for length in random.geometric(1 / 1000, size=4000):
+        curve.add(int(length), censored=False)
+    (early,) = curve.early_remaining_tokens(np.array([0.0]))
+    assert early == pytest.approx(1000 * math.log(50 / 49), rel=0.25)
 
 
 def test_an_engines_prediction_is_used_until_it_is_outlived():
     beliefs = LengthBeliefs()
-    planned = beliefs.remaining_tokens(
+    requests = RequestLengths(
         [""], np.zeros(2), np.array([10.0, 60.0]), np.full(2, math.inf), np.array([50.0, 50.0])
     )
+    planned = beliefs.beliefs(requests).planned_tokens
     assert planned[0] == 40
     assert planned[1] > 1

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.control.scenes import make_live, make_profile, make_row
+from throttle.control.lengths import LengthBelief
 from throttle.control.projection import project, project_aggregates
 from throttle.control.state import ScheduledRequests
 
@@ -30,7 +31,10 @@ def _scene(generating, computing, waiting, **profile):
     planned_running = np.array([left for *_, left in generating] + [n for _, n in computing], float)
     planned_waiting = np.array([n for _, n in waiting], float)
     return project(
-        make_live(running, queue), planned_running, planned_waiting, make_profile(**profile)
+        make_live(running, queue),
+        LengthBelief(planned_running, planned_running),
+        LengthBelief(planned_waiting, planned_waiting),
+        make_profile(**profile),
     )
 
 

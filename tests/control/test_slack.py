@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.control.scenes import make_live, make_profile, make_row
+from throttle.control.lengths import LengthBelief
 from throttle.control.projection import project, project_aggregates
 from throttle.control.slack import Guards, Slo, measure_aggregate_slack, measure_slack
 from throttle.control.state import ScheduledRequests, Slos
@@ -15,12 +16,17 @@ PREDICTOR = FormulaPredictor()
 EXACT = Guards(1.0, 1.0, 1.0, 1.0, 0.0)
 
 
+def _belief(count, planned):
+    tokens = np.full(count, float(planned))
+    return LengthBelief(tokens, tokens)
+
+
 def _slack(running=(), waiting=(), planned=100, *, now=1.0, guards=EXACT):
     live = make_live(running, waiting)
     horizon = project(
         live,
-        np.full(len(live.running), float(planned)),
-        np.full(len(live.waiting), float(planned)),
+        _belief(len(live.running), planned),
+        _belief(len(live.waiting), planned),
         make_profile(),
     )
     prediction = PREDICTOR.predict(horizon.shapes)
@@ -105,13 +111,26 @@ def test_a_request_that_no_clock_can_save_is_counted_and_does_not_bind():
     assert table.request_numbers.tolist() == [2]
 
 
-def test_a_request_behind_its_schedule_is_judged_at_its_end():
-    # 0.4 s behind after 20 tokens; within 48 tokens that cannot be made up, within 900 it can.
-    row = make_row(1, generated=21, first_token=-0.9, tpot=0.05)
+@pytest.mark.parametrize("behind_seconds", [2.6, 5.0])
+def test_a_request_behind_its_schedule_is_judged_where_it_can_have_caught_up(behind_seconds):
+    # Each token makes up about 45 ms at the fastest clock: too little within 48 tokens.
+    row = make_row(1, generated=21, first_token=-behind_seconds, tpot=0.05)
     _, _, table = _slack([row], planned=900, now=1.0)
     assert table.lost_requests_count == 0
     assert len(table.slos) == 1
     assert table.least()[-1] > 0
+
+
+def test_prompts_still_to_come_shorten_the_slack():
+    row = make_row(1, generated=5, first_token=0.9, tpot=0.05)
+    live = make_live([row])
+    horizon = project(live, _belief(1, 100), _belief(0, 1), make_profile())
+    prediction = PREDICTOR.predict(horizon.shapes)
+    latency = prediction.latency_seconds
+    calm = measure_slack(horizon, latency, latency, 1.0, EXACT)
+    stretch = np.full_like(latency, 1.5)
+    busy = measure_slack(horizon, latency, latency, 1.0, EXACT, stretch_ratio=stretch)
+    assert (busy.least() < calm.least()).all()
 
 
 def test_end_to_end_counts_the_whole_planned_answer():

@@ -18,7 +18,7 @@ from throttle.control.cruise import (
     settle,
 )
 from throttle.control.feedback import PredictionFeedback
-from throttle.control.lengths import LengthBeliefs
+from throttle.control.lengths import LengthBelief, LengthBeliefs, RequestLengths
 from throttle.control.projection import Horizon, project, project_aggregates, shape_of
 from throttle.control.scoreboard import Column, LiveRequests, Scoreboard
 from throttle.control.selection import Binding, Decision, Reason, Selector
@@ -205,17 +205,18 @@ class Controller:
     def _project(self, state: IterationState, live: LiveRequests) -> Horizon:
         if not self._scoreboard.knows_requests:
             return project_aggregates(state.scheduled, _AGGREGATE_HORIZON_ITERATIONS)
-        planned = self._planned_tokens(np.vstack([live.running, live.waiting]))
-        running = len(live.running)
-        return project(live, planned[:running], planned[running:], self._profile)
+        running, waiting = self._beliefs(live.running), self._beliefs(live.waiting)
+        return project(live, running, waiting, self._profile)
 
-    def _planned_tokens(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        return self._lengths.remaining_tokens(
-            tuple(self._scoreboard.length_classes),
-            rows[:, Column.LENGTH_CLASS],
-            rows[:, Column.GENERATED],
-            rows[:, Column.MAX_OUTPUT],
-            rows[:, Column.PREDICTED_OUTPUT],
+    def _beliefs(self, rows: NDArray[np.float64]) -> LengthBelief:
+        return self._lengths.beliefs(
+            RequestLengths(
+                self._scoreboard.length_classes,
+                rows[:, Column.LENGTH_CLASS],
+                rows[:, Column.GENERATED],
+                rows[:, Column.MAX_OUTPUT],
+                rows[:, Column.PREDICTED_OUTPUT],
+            )
         )
 
     def _judge(self, state: IterationState, horizon: Horizon, now: float) -> _Judgement:
@@ -224,7 +225,7 @@ class Controller:
         latency, upper = self._feedback.correct(prediction, mixed)
         if self._scoreboard.knows_requests:
             stretch = self._stretch_ratio(horizon)
-            slack = measure_slack(horizon, latency, upper, now, self._guards, stretch)
+            slack = measure_slack(horizon, latency, upper, now, self._guards, stretch_ratio=stretch)
         else:
             slack = measure_aggregate_slack(
                 horizon, upper, self._profile.default_slos, self._guards

@@ -20,6 +20,7 @@ from throttle.control.scoreboard import Column, LiveRequests
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from throttle.control.lengths import LengthBelief
     from throttle.control.state import EngineProfile, ScheduledRequests
 
 #: Prompt iterations planned one by one; what remains is planned as one segment.
@@ -51,6 +52,7 @@ class Horizon:
         prompt_lengths: Planned output of `prompts`, tokens, (p,).
         decodes: Rows of the requests that generate now, (d, columns).
         remaining_tokens: Planned remaining output of `decodes`, (d,).
+        early_tokens: Tokens within which one in fifty of `decodes` ends, (d,).
     """
 
     shapes: NDArray[np.float64]
@@ -63,6 +65,7 @@ class Horizon:
     prompt_lengths: NDArray[np.float64]
     decodes: NDArray[np.float64]
     remaining_tokens: NDArray[np.float64]
+    early_tokens: NDArray[np.float64]
 
     @property
     def empty(self) -> bool:
@@ -83,27 +86,26 @@ class Horizon:
 
 
 def project(
-    live: LiveRequests,
-    planned_running: NDArray[np.float64],
-    planned_waiting: NDArray[np.float64],
-    profile: EngineProfile,
+    live: LiveRequests, running: LengthBelief, waiting: LengthBelief, profile: EngineProfile
 ) -> Horizon:
     """Project per-request knowledge.
 
     Args:
         live: Rows of the running and waiting requests.
-        planned_running: Planned remaining output of the running requests, tokens, (r,).
-        planned_waiting: The same for the waiting ones, (w,).
+        running: What is believed of the remaining output of the running requests.
+        waiting: The same of the waiting ones.
         profile: The engine's limits.
     """
     prefilling = live.running[:, Column.COMPUTED] < live.running[:, Column.TARGET]
     decodes = live.running[~prefilling]
-    remaining = planned_running[~prefilling]
+    remaining = running.planned_tokens[~prefilling]
     plan = _PromptPlan(live, prefilling, profile)
     plan.run()
     admitted = live.waiting[: plan.admitted_count]
     prompts = np.vstack([live.running[prefilling], admitted])
-    prompt_lengths = np.concatenate([planned_running[prefilling], planned_waiting[: len(admitted)]])
+    prompt_lengths = np.concatenate(
+        [running.planned_tokens[prefilling], waiting.planned_tokens[: len(admitted)]]
+    )
     generating = _Generating.of(plan, decodes, remaining, prompts, prompt_lengths)
     shapes, iterations, kv_blocks = _lay_over(plan, generating, profile.kv_block_tokens)
     return Horizon(
@@ -117,6 +119,7 @@ def project(
         prompt_lengths=prompt_lengths,
         decodes=decodes,
         remaining_tokens=remaining,
+        early_tokens=running.early_tokens[~prefilling],
     )
 
 
@@ -136,6 +139,7 @@ def project_aggregates(scheduled: ScheduledRequests, iterations: float) -> Horiz
         prompt_lengths=np.empty(0),
         decodes=nobody,
         remaining_tokens=np.empty(0),
+        early_tokens=np.empty(0),
     )
 
 

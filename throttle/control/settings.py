@@ -86,9 +86,7 @@ class ControlSettings:
                 "allowed: above 0, finite"
             )
         if not 0.0 < self.violation_ratio < 0.5:
-            found.append(
-                f"violation_ratio is {self.violation_ratio}; allowed: above 0, below 0.5"
-            )
+            found.append(f"violation_ratio is {self.violation_ratio}; allowed: above 0, below 0.5")
         if self.floor_clock_ratio > self.ceiling_clock_ratio:
             found.append(
                 f"floor_clock_ratio is {self.floor_clock_ratio}; "

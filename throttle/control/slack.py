@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from throttle.control.state import Slos
 
-#: A request's mean gap is judged this many tokens ahead, or at its planned end if that is nearer:
-#: far enough to average a prompt chunk out, near enough that an early end does no harm.
-_TPOT_LOOKAHEAD_TOKENS = 48.0
+#: A request's mean gap is judged as many tokens ahead as one in fifty will not reach, within these
+#: bounds: far enough to average a prompt chunk out, near enough that an early end does no harm.
+_TPOT_LOOKAHEAD_TOKENS = (8.0, 48.0)
 #: Only the gaps of the next segments are judged token by token.
 _TBT_DECODE_SEGMENTS = 2
 
@@ -105,6 +105,7 @@ class _Timeline:
             latency = latency * stretch
         self._latency = latency
         spent = np.cumsum(latency * horizon.iterations[:, None], axis=0)
+        self._ends = spent
         self._before = np.vstack([np.zeros(latency.shape[1]), spent[:-1]])
 
     def at(self, positions: Positions) -> NDArray[np.float64]:
@@ -112,6 +113,10 @@ class _Timeline:
         step = self._latency[positions.segments] * positions.iterations[:, None]
         seconds: NDArray[np.float64] = self._before[positions.segments] + step
         return seconds
+
+    def ends_at_fastest(self) -> NDArray[np.float64]:
+        """Seconds to the end of each segment at the fastest clock, (K,)."""
+        return self._ends[:, -1]
 
     def at_fastest(self, positions: Positions) -> NDArray[np.float64]:
         """Seconds to each position at the fastest clock, (n,)."""
@@ -126,6 +131,7 @@ def measure_slack(
     latency_upper_seconds: NDArray[np.float64],
     now_seconds: float,
     guards: Guards,
+    *,
     stretch_ratio: NDArray[np.float64] | None = None,
 ) -> SlackTable:
     """Slack of every limit of a per-request horizon.
@@ -145,14 +151,7 @@ def measure_slack(
         _first_token_rows(horizon, now_seconds, guards),
         *_last_token_rows(horizon, now_seconds, guards),
     ]
-    tpot = _mean_gap_rows(horizon, now_seconds, guards, near=True)
-    # A request behind its schedule may still catch up by its end: judge it there.
-    behind = upper.at_fastest(tpot.positions) > tpot.planned_seconds
-    if behind.any():
-        far = _mean_gap_rows(horizon, now_seconds, guards, near=False)
-        rows += [_pick(tpot, ~behind), _pick(far, behind)]
-    else:
-        rows.append(tpot)
+    rows += _mean_gap_rows(horizon, upper, now_seconds, guards)
     slack, slos, numbers, lost = [], [], [], []
     for limit in rows:
         savable = expected.at_fastest(limit.positions) <= limit.granted_seconds
@@ -224,21 +223,45 @@ def _last_token_rows(horizon: Horizon, now: float, guards: Guards) -> list[_Rows
     return result
 
 
-def _mean_gap_rows(horizon: Horizon, now: float, guards: Guards, *, near: bool) -> _Rows:
-    requests = horizon.decodes
-    tokens = horizon.remaining_tokens
-    if near:
-        # Judged at the end of a segment, so that requests share rows.
-        ends = np.cumsum(horizon.iterations)
-        wanted = np.minimum(tokens, _TPOT_LOOKAHEAD_TOKENS)
-        tokens = ends[np.minimum(np.searchsorted(ends, wanted), len(ends) - 1)]
-    gaps = requests[:, Column.GENERATED] - requests[:, Column.FIRST_GENERATED] + tokens
+def _mean_gap_rows(horizon: Horizon, upper: _Timeline, now: float, guards: Guards) -> list[_Rows]:
+    """Mean gaps, judged soon; for requests behind their schedule, where they can have caught up.
+
+    Judged at ends of segments, so that requests share rows.
+    """
+    applies = np.isfinite(horizon.decodes[:, Column.TPOT])
+    if not applies.any():
+        return []
+    requests, planned = horizon.decodes[applies], horizon.remaining_tokens[applies]
+    ends = np.cumsum(horizon.iterations)
+    early = np.clip(horizon.early_tokens[applies], *_TPOT_LOOKAHEAD_TOKENS)
+    soon = np.minimum(np.searchsorted(ends, np.minimum(planned, early)), len(ends) - 1)
+    gaps = requests[:, Column.GENERATED] - requests[:, Column.FIRST_GENERATED]
     elapsed = now - requests[:, Column.FIRST_TOKEN]
-    granted = requests[:, Column.TPOT] * gaps - elapsed
-    planned = requests[:, Column.TPOT] * guards.tpot_ratio * gaps - elapsed
-    numbers = requests[:, Column.NUMBER]
-    rows = _Rows(Slo.TPOT, horizon.positions(tokens), granted, planned, numbers)
-    return _pick(rows, np.isfinite(granted))
+    tpot = requests[:, Column.TPOT]
+
+    def rows(mask: NDArray[np.bool_], tokens: NDArray[np.float64]) -> _Rows:
+        granted = tpot[mask] * (gaps[mask] + tokens)
+        return _Rows(
+            Slo.TPOT,
+            horizon.positions(tokens),
+            granted - elapsed[mask],
+            granted * guards.tpot_ratio - elapsed[mask],
+            requests[mask, Column.NUMBER],
+        )
+
+    everyone = np.ones(len(requests), dtype=bool)
+    judged = rows(everyone, ends[soon])
+    behind = upper.at_fastest(judged.positions) > judged.planned_seconds
+    if not behind.any():
+        return [judged]
+    # (b, K): at which ends of segments the fastest clock would have caught up.
+    allowed = tpot[behind, None] * guards.tpot_ratio * (gaps[behind, None] + ends)
+    caught_up = upper.ends_at_fastest() <= allowed - elapsed[behind, None]
+    caught_up &= np.arange(len(ends)) >= soon[behind, None]
+    first = np.where(caught_up.any(axis=1), caught_up.argmax(axis=1), len(ends) - 1)
+    latest = np.maximum(planned[behind], ends[soon[behind]])
+    tokens = np.where(caught_up.any(axis=1), np.minimum(ends[first], latest), latest)
+    return [_pick(judged, ~behind), rows(behind, tokens)]
 
 
 def _single_gap_slack(

@@ -106,10 +106,18 @@ def test_parking_can_be_switched_off(engine):
     assert decision.target_clock_mhz == FASTEST
 
 
-def test_a_full_kv_cache_means_the_fastest_clock(engine):
+@pytest.mark.parametrize(
+    "cache",
+    [
+        KvCache(used_blocks_count=98, total_blocks_count=100),
+        KvCache(used_blocks_count=9_800),  # of the 10 000 registered
+        KvCache(usage_ratio=0.98),
+    ],
+)
+def test_a_full_kv_cache_means_the_fastest_clock(engine, cache):
     controller = _controller()
     _run(controller, engine, 800)
-    decision = _run(controller, engine, 1, kv=KvCache(used_blocks_count=98, total_blocks_count=100))
+    decision = _run(controller, engine, 1, kv=cache)
     assert (decision.target_clock_mhz, decision.reason) == (FASTEST, Reason.KV_PRESSURE)
 
 

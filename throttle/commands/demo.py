@@ -92,6 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
         ttft_seconds=CHAT_SLOS.ttft_seconds or 0.0,
         tpot_seconds=CHAT_SLOS.tpot_seconds or 0.0,
         slack_seconds={name: each.slack_seconds for name, each in answers.items()},
+        notes=[
+            "The shipped trace is part of the Azure LLM inference dataset 2023 (CC-BY 4.0, "
+            "github.com/Azure/AzurePublicDataset).",
+            "Decisions are timed inside the daemon, back to back: the player waits for each answer.",
+        ],
         more_figures={
             name: _quantiles("decision", each.decision_seconds) for name, each in answers.items()
         },

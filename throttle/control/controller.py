@@ -240,8 +240,16 @@ class Controller:
             covered=bool(self._predictor.covers(horizon.shapes[:near]).all()),
             kv_pressed=horizon.blocked_requests_count > 0
             or bool(horizon.kv_blocks.max() > capacity)
-            or _kv_usage_ratio(state) > self._settings.kv_pressure_ratio,
+            or self._kv_usage_ratio(state) > self._settings.kv_pressure_ratio,
         )
+
+    def _kv_usage_ratio(self, state: IterationState) -> float:
+        cache = state.kv_cache
+        if cache.used_blocks_count is not None:
+            return cache.used_blocks_count / (
+                cache.total_blocks_count or self._profile.kv_blocks_count
+            )
+        return cache.usage_ratio or 0.0
 
     def _stretch_ratio(self, horizon: Horizon) -> NDArray[np.float64] | None:
         """Prompts to come stretch decode segments; those that are here have their own segments."""
@@ -397,10 +405,3 @@ def _slice(prediction: Prediction, start: int, stop: int | None) -> Prediction:
         prediction.latency_upper_seconds[start:stop],
         prediction.power_watts[start:stop],
     )
-
-
-def _kv_usage_ratio(state: IterationState) -> float:
-    cache = state.kv_cache
-    if cache.used_blocks_count is not None and cache.total_blocks_count:
-        return cache.used_blocks_count / cache.total_blocks_count
-    return cache.usage_ratio or 0.0

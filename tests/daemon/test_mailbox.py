@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from throttle.daemon.mailbox import WAITING_STATES_LIMIT, Mailbox
+from throttle.errors import InvalidInputError, ThrottleError
+
+
+@pytest.fixture
+def mailbox(clock):
+    return Mailbox(clock)
+
+
+def test_everything_that_waits_is_taken_in_order(mailbox, arrival):
+    arrivals = [arrival(), arrival(), arrival()]
+    for each in arrivals:
+        mailbox.put(each)
+    assert mailbox.take(None) == arrivals
+    assert mailbox.take(0.0) == []
+
+
+def test_a_waiting_taker_is_woken(mailbox, arrival):
+    taken = []
+    taker = threading.Thread(target=lambda: taken.append(mailbox.take(10.0)))
+    taker.start()
+    one = arrival()
+    mailbox.put(one)
+    taker.join(10.0)
+    assert taken == [[one]]
+
+
+def test_an_orderly_end_delivers_what_waits_first(mailbox, arrival):
+    one = arrival()
+    mailbox.put(one)
+    mailbox.end()
+    assert mailbox.take(None) == [one]
+    assert mailbox.take(None) is None
+    assert mailbox.error is None
+
+
+def test_an_error_ends_at_once_and_the_first_one_counts(mailbox, arrival):
+    mailbox.put(arrival())
+    error = InvalidInputError("state.phase", 0, "others")
+    mailbox.end(error)
+    mailbox.end(ThrottleError("later"))
+    assert mailbox.take(None) is None
+    assert mailbox.error is error
+
+
+def test_it_tells_since_when_the_oldest_waits(mailbox, arrival, clock):
+    assert mailbox.oldest_seconds is None
+    mailbox.put(arrival())
+    clock.seconds += 5.0
+    mailbox.put(arrival())
+    assert mailbox.oldest_seconds == 100.0
+    mailbox.take(None)
+    assert mailbox.oldest_seconds is None
+
+
+def test_an_engine_that_never_reads_is_stopped(mailbox, arrival):
+    one = arrival()
+    for _ in range(WAITING_STATES_LIMIT):
+        mailbox.put(one)
+    with pytest.raises(ThrottleError, match="read the answers"):
+        mailbox.put(one)

@@ -1,0 +1,83 @@
+"""The boundary, outwards: decisions and tables into protocol messages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from throttle.v1 import decision_pb2, throttle_service_pb2
+
+if TYPE_CHECKING:
+    from throttle.control.controller import Evaluation
+    from throttle.control.selection import Binding, Decision
+
+
+def decision_message(
+    decision: Decision,
+    sequence_number: int,
+    *,
+    applied: bool,
+    applied_clock_mhz: int,
+    decision_duration_seconds: float,
+) -> decision_pb2.Decision:
+    """The protocol's form of a decision.
+
+    Args:
+        decision: What the controller says.
+        sequence_number: The state that it answers.
+        applied: Whether the target was applied.
+        applied_clock_mhz: What the GPUs were last told; 0 for default clocks.
+        decision_duration_seconds: Time spent on it, actuation left out.
+    """
+    return decision_pb2.Decision(
+        sequence_number=sequence_number,
+        target_clock_mhz=decision.target_clock_mhz,
+        reason=decision_pb2.DecisionReason.ValueType(decision.reason),
+        binding_limit=_binding_message(decision.binding) if decision.binding else None,
+        applied=applied,
+        applied_clock_mhz=applied_clock_mhz,
+        predicted_iteration_seconds=decision.predicted_iteration_seconds,
+        predicted_iteration_upper_seconds=decision.predicted_iteration_upper_seconds,
+        predicted_power_watts=decision.predicted_power_watts,
+        cruise_clock_mhz=decision.cruise_clock_mhz,
+        lost_requests_count=decision.lost_requests_count,
+        decision_duration_seconds=decision_duration_seconds,
+        predicted_default_power_watts=decision.predicted_default_power_watts,
+        predicted_default_iteration_seconds=decision.predicted_default_iteration_seconds,
+    )
+
+
+def evaluation_message(
+    evaluation: Evaluation, sequence_number: int, bundle: str, decision_duration_seconds: float
+) -> throttle_service_pb2.EvaluateResponse:
+    """The protocol's form of the what-if table."""
+    return throttle_service_pb2.EvaluateResponse(
+        clocks=[
+            decision_pb2.ClockEvaluation(
+                clock_mhz=row.clock_mhz,
+                iteration_seconds=row.iteration_seconds,
+                iteration_upper_seconds=row.iteration_upper_seconds,
+                power_watts=row.power_watts,
+                iteration_energy_joules=row.iteration_seconds * row.power_watts,
+                long_run_power_watts=row.long_run_power_watts,
+                feasible=row.feasible,
+                slacks=[_binding_message(slack) for slack in row.slacks],
+            )
+            for row in evaluation.rows
+        ],
+        decision=decision_message(
+            evaluation.decision,
+            sequence_number,
+            applied=False,
+            applied_clock_mhz=0,
+            decision_duration_seconds=decision_duration_seconds,
+        ),
+        bundle=bundle,
+    )
+
+
+def _binding_message(binding: Binding) -> decision_pb2.BindingLimit:
+    return decision_pb2.BindingLimit(
+        slo=decision_pb2.SloKind.ValueType(binding.slo),
+        request_number=binding.request_number,
+        slack_seconds=binding.slack_seconds,
+    )

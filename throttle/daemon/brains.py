@@ -1,0 +1,198 @@
+"""The seam between a session and what decides for it, and the usual way to fill it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+from predictors.architecture import ModelArchitecture, from_catalogue, from_config_json
+from predictors.bundle import MANIFEST_FILE, find_bundle
+from predictors.errors import ArchitectureError, BundleError
+from predictors.predictor import load_predictor
+from throttle.control.controller import Controller
+from throttle.errors import InvalidInputError, NotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from predictors.predictor import BundlePredictor
+    from throttle.control.controller import Evaluation
+    from throttle.control.selection import Decision
+    from throttle.control.settings import ControlSettings
+    from throttle.control.state import EngineProfile, IterationState
+
+
+class Brain(Protocol):
+    """Decides for one engine. Called by one thread at a time; whatever it raises is a fault."""
+
+    @property
+    def latency_bias_ratio(self) -> float:
+        """Observed over predicted duration."""
+        ...
+
+    @property
+    def coverage_ratio(self) -> float | None:
+        """Share of recent iterations within their upper bound; None before the first."""
+        ...
+
+    def observe(self, state: IterationState, observed_clock_mhz: int) -> None:
+        """Take in one state, in order, with the clock read from the GPUs as it came."""
+        ...
+
+    def decide(self, state: IterationState) -> Decision:
+        """Choose the clock for what comes after a state that has been observed."""
+        ...
+
+    def evaluate(self, state: IterationState) -> Evaluation:
+        """Judge every clock for a state that has been observed."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GpuModel:
+    """What kind of GPU an engine runs on.
+
+    Attributes:
+        name: Its name in the backend's words.
+        clocks_mhz: Clocks that all of the engine's GPUs support, rising.
+    """
+
+    name: str
+    clocks_mhz: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineBrain:
+    """A brain and what the engine is told about it.
+
+    Attributes:
+        brain: Decides.
+        bundle: Name of the bundle that predicts; empty without one.
+        candidate_clocks_mhz: Clocks that it may choose, rising.
+    """
+
+    brain: Brain
+    bundle: str
+    candidate_clocks_mhz: tuple[int, ...]
+
+
+class BrainFactory(Protocol):
+    """Makes the brain of each registration."""
+
+    def build(self, profile: EngineProfile, gpu: GpuModel | None) -> EngineBrain:
+        """Make a brain, or raise a `ThrottleError` or `PredictorsError` that the engine is told.
+
+        Args:
+            profile: The engine.
+            gpu: Its GPUs; None when they are not on this machine (what-if questions only).
+        """
+        ...
+
+    def warm_up(self) -> Iterator[tuple[str, str]]:
+        """Do what is slow before serving; yields (thing, problem), problem empty if it is well."""
+        ...
+
+
+class ControllerFactory:
+    """Brains that control by a trained bundle."""
+
+    def __init__(self, bundles_directory: Path, settings: ControlSettings) -> None:
+        self._directory = bundles_directory
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._predictors: dict[Path, tuple[int, BundlePredictor]] = {}
+
+    def build(self, profile: EngineProfile, gpu: GpuModel | None) -> EngineBrain:
+        """Find, load and check the bundle for an engine.
+
+        Raises:
+            NotFoundError: The model is not in the catalogue.
+            InvalidInputError: Its config.json cannot be used.
+            BundleError: There is no bundle for this engine, or it is damaged or made for another.
+        """
+        architecture = _architecture(profile)
+        if gpu is not None:
+            path = find_bundle(
+                self._directory,
+                gpu.name,
+                architecture.name,
+                profile.tensor_parallel_count,
+                profile.expert_parallel_count,
+            )
+        else:
+            path = self._only_bundle(architecture.name, profile)
+        predictor = self._load(path)
+        _check_architecture(path, predictor.manifest.architecture, architecture)
+        return EngineBrain(
+            Controller(profile, predictor, self._settings),
+            path.name,
+            tuple(int(clock) for clock in predictor.clocks_mhz),
+        )
+
+    def warm_up(self) -> Iterator[tuple[str, str]]:
+        """Load every bundle, which compiles what they share."""
+        for manifest in sorted(self._directory.glob(f"*/{MANIFEST_FILE}")):
+            try:
+                predictor = self._load(manifest.parent)
+            except BundleError as error:
+                yield manifest.parent.name, str(error)
+            else:
+                yield manifest.parent.name, predictor.fallback_reason
+
+    def _load(self, path: Path) -> BundlePredictor:
+        # a bundle that was trained anew is read anew; predictors keep no state between calls
+        try:
+            written = (path / MANIFEST_FILE).stat().st_mtime_ns
+        except OSError as error:
+            raise BundleError(f"bundle {path} cannot be read: {error}") from None
+        with self._lock:
+            known = self._predictors.get(path)
+            if known is None or known[0] != written:
+                known = (written, load_predictor(path))
+                self._predictors[path] = known
+            return known[1]
+
+    def _only_bundle(self, model_name: str, profile: EngineProfile) -> Path:
+        spread = f"tp{profile.tensor_parallel_count}ep{profile.expert_parallel_count}"
+        pattern = f"*__{model_name}__{spread}"
+        found = sorted(
+            manifest.parent for manifest in self._directory.glob(f"{pattern}/{MANIFEST_FILE}")
+        )
+        if len(found) != 1:
+            raise BundleError(
+                f"{len(found)} bundles {pattern} in {self._directory}; allowed: exactly one when "
+                f"the GPUs are not on this machine; there: "
+                f"{', '.join(path.name for path in found) or 'none'}"
+            )
+        return found[0]
+
+
+def _architecture(profile: EngineProfile) -> ModelArchitecture:
+    formats = (profile.weight_dtype, profile.kv_dtype)
+    if profile.model_config_json:
+        try:
+            return from_config_json(profile.model_config_json, profile.model_name, *formats)
+        except ArchitectureError as error:
+            raise InvalidInputError(
+                "registration.model.config_json", str(error), "a config.json of a known kind"
+            ) from None
+    try:
+        return from_catalogue(profile.model_name, *formats)
+    except ArchitectureError as error:
+        raise NotFoundError(f"registration.model.name: {error}") from None
+
+
+def _check_architecture(path: Path, trained: ModelArchitecture, served: ModelArchitecture) -> None:
+    different = [
+        f"{field.name} is {getattr(served, field.name)!r}, "
+        f"trained with {getattr(trained, field.name)!r}"
+        for field in dataclasses.fields(ModelArchitecture)
+        if field.name != "name" and getattr(served, field.name) != getattr(trained, field.name)
+    ]
+    if different:
+        raise BundleError(
+            f"bundle {path.name} was made for another model: {'; '.join(different)}. "
+            "Train one with throttle-predictors train"
+        )

@@ -1,0 +1,90 @@
+"""Hands one stream's states from the thread that reads them to the one that decides."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from throttle.errors import ThrottleError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from throttle.control.state import IterationState
+    from throttle.v1 import engine_pb2
+
+#: States that may wait for a decision; an engine that is this far ahead reads no answers.
+WAITING_STATES_LIMIT: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A validated state and the message that it came in."""
+
+    state: IterationState
+    message: engine_pb2.IterationState
+
+
+class Mailbox:
+    """States in order, until the stream ends."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._condition = threading.Condition()
+        self._arrivals: list[Arrival] = []
+        self._oldest_seconds: float | None = None
+        self._ended = False
+        self._error: BaseException | None = None
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why the stream ended, if not by the engine's wish."""
+        return self._error
+
+    @property
+    def oldest_seconds(self) -> float | None:
+        """When the oldest state that waits came, by the clock; None when none waits."""
+        return self._oldest_seconds
+
+    def put(self, arrival: Arrival) -> None:
+        """Add a state.
+
+        Raises:
+            ThrottleError: Too many wait already.
+        """
+        with self._condition:
+            if self._oldest_seconds is None:
+                self._oldest_seconds = self._clock()
+            if len(self._arrivals) >= WAITING_STATES_LIMIT:
+                raise ThrottleError(
+                    f"{WAITING_STATES_LIMIT} states wait for a decision; read the answers"
+                )
+            self._arrivals.append(arrival)
+            self._condition.notify()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """No more states will come; the first call's error counts."""
+        with self._condition:
+            if not self._ended:
+                self._ended = True
+                self._error = error
+            self._condition.notify()
+
+    def take(self, timeout_seconds: float | None) -> list[Arrival] | None:
+        """Everything that waits, oldest first.
+
+        Args:
+            timeout_seconds: Longest wait; None waits for ever.
+
+        Returns:
+            The states; an empty list after the timeout; None when the stream has ended, by an error
+            at once, else when nothing waits any more.
+        """
+        with self._condition:
+            self._condition.wait_for(lambda: self._ended or self._arrivals, timeout_seconds)
+            if self._ended and (self._error is not None or not self._arrivals):
+                return None
+            arrivals, self._arrivals = self._arrivals, []
+            self._oldest_seconds = None
+            return arrivals

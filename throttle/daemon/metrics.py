@@ -1,0 +1,153 @@
+"""What Prometheus may ask. Application prefix, base units, no request ever a label."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import Counter, Gauge, Histogram, Info
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import start_http_server
+
+from throttle import __version__
+from throttle.errors import ActuationError, ConflictError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from prometheus_client import CollectorRegistry, Metric
+
+    from throttle.actuation.actuator import Actuator, ClockChange
+    from throttle.v1 import decision_pb2
+
+_HERTZ_PER_MHZ = 1e6
+
+#: From one tenth of a millisecond to half a second, for decisions and writes.
+_DURATION_BUCKETS: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
+
+
+class DaemonMetrics:
+    """The daemon's metrics, in a registry of their own."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.iterations_received = Counter(
+            "throttle_iterations_received_total", "States received.", registry=registry
+        )
+        self.iterations_dropped = Counter(
+            "throttle_iterations_dropped_total",
+            "States that no decision of their own answered.",
+            ["reason"],
+            registry=registry,
+        )
+        self.decisions = Counter(
+            "throttle_decisions_total",
+            "Decisions answered; held ones left the clock as it was.",
+            ["outcome", "reason"],
+            registry=registry,
+        )
+        self.decision_duration = Histogram(
+            "throttle_decision_duration_seconds",
+            "Time spent on one decision, actuation left out.",
+            buckets=_DURATION_BUCKETS,
+            registry=registry,
+        )
+        self.actuation_duration = Histogram(
+            "throttle_actuation_duration_seconds",
+            "Time of one write of a clock.",
+            buckets=_DURATION_BUCKETS,
+            registry=registry,
+        )
+        self.clock_changes = Counter(
+            "throttle_clock_changes_total", "Changes of a target.", ["gpu"], registry=registry
+        )
+        self.faults = Counter(
+            "throttle_faults_total",
+            "Decisions that failed and became default clocks.",
+            registry=registry,
+        )
+        self.leases_expired = Counter(
+            "throttle_leases_expired_total",
+            "Leases that ended because an engine was silent.",
+            registry=registry,
+        )
+        self.registrations = Counter(
+            "throttle_registrations_total", "Registrations.", ["outcome"], registry=registry
+        )
+        self.engines = Gauge("throttle_engines_count", "Engines connected.", registry=registry)
+        Info("throttle_build", "Version of the service.", registry=registry).info(
+            {"version": __version__}
+        )
+
+    def count_decision(self, decision: decision_pb2.Decision, outcome: str, reason: str) -> None:
+        """Count one answer.
+
+        Args:
+            decision: The answer.
+            outcome: applied, held (the GPUs were not touched) or fallback (default clocks).
+            reason: Name of its reason in lower case.
+        """
+        self.decisions.labels(outcome, reason).inc()
+        self.decision_duration.observe(decision.decision_duration_seconds)
+
+    def count_change(self, change: ClockChange) -> None:
+        """Count one write that changed a GPU's target."""
+        self.clock_changes.labels(change.gpu_uuid).inc()
+        self.actuation_duration.observe(change.duration_seconds)
+
+
+class GpuCollector:
+    """Reads every configured GPU when Prometheus asks."""
+
+    def __init__(self, actuator: Actuator) -> None:
+        self._actuator = actuator
+
+    def collect(self) -> Iterator[Metric]:
+        """One reading of each GPU; a GPU that cannot be read is left out."""
+        target = GaugeMetricFamily(
+            "throttle_target_sm_clock_hertz",
+            "SM clock last asked for; 0 means default. DCGM counts in MHz.",
+            labels=["gpu"],
+        )
+        clock = GaugeMetricFamily(
+            "throttle_observed_sm_clock_hertz",
+            "SM clock read back. DCGM counts in MHz.",
+            labels=["gpu"],
+        )
+        power = GaugeMetricFamily("throttle_power_watts", "Power drawn.", labels=["gpu"])
+        energy = CounterMetricFamily(
+            "throttle_energy_joules", "Energy counter of the GPU.", labels=["gpu"]
+        )
+        for uuid in self._actuator.uuids():
+            target.add_metric([uuid], max(0, self._actuator.target_mhz(uuid)) * _HERTZ_PER_MHZ)
+            try:
+                reading = self._actuator.read(uuid)
+            except ActuationError:
+                continue
+            clock.add_metric([uuid], reading.clock_mhz * _HERTZ_PER_MHZ)
+            power.add_metric([uuid], reading.power_watts)
+            energy.add_metric([uuid], reading.energy_joules)
+        yield from (target, clock, power, energy)
+
+
+def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> Callable[[], None]:
+    """Answer Prometheus over HTTP.
+
+    Returns:
+        What stops it.
+
+    Raises:
+        ConflictError: The address cannot be had.
+    """
+    try:
+        server, thread = start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        raise ConflictError(
+            f"metrics_address {host}:{port} cannot be had: {error.strerror}; choose another"
+        ) from None
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return stop

@@ -1,0 +1,300 @@
+"""Puts the daemon together, and its life: start, serve, drain, stop."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
+from throttle import __version__
+from throttle.actuation.actuator import Actuator
+from throttle.actuation.simulated import SimulatedBackend, SimulatedGpuFile
+from throttle.daemon.brains import BrainFactory, ControllerFactory
+from throttle.daemon.config import split_address
+from throttle.daemon.metrics import DaemonMetrics, GpuCollector, serve_metrics
+from throttle.daemon.recording import require_pyarrow
+from throttle.daemon.service import ThrottleServicer
+from throttle.daemon.sessions import RecordingPlan, SessionLimits, Sessions
+from throttle.daemon.sockets import claimed, private_umask
+from throttle.errors import ActuationError, ConflictError
+from throttle.v1 import throttle_service_pb2, throttle_service_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from throttle.daemon.config import DaemonConfig
+
+#: Calls besides the engines' streams that may run at once.
+_OTHER_CALLS = 8
+#: How often a session is asked whether its control is stuck, seconds.
+_WATCH_SECONDS: Final = 0.5
+#: What stopping may take beyond the drain before the process ends itself, seconds.
+_STOP_MARGIN_SECONDS: Final = 5.0
+
+_SERVICE_NAME = throttle_service_pb2.DESCRIPTOR.services_by_name["ThrottleService"].full_name
+#: The whole process, and the service.
+_HEALTH_NAMES: Final = ("", _SERVICE_NAME)
+
+_SERVER_OPTIONS: Final = (
+    ("grpc.so_reuseport", 0),  # or a second daemon on the same port would share it silently
+    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # the client's pace
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+class Daemon:
+    """A daemon that is put together but not started; made by `build_server`."""
+
+    def __init__(
+        self,
+        *,
+        config: DaemonConfig,
+        actuator: Actuator,
+        sessions: Sessions,
+        brain_factory: BrainFactory,
+        servicer: ThrottleServicer,
+        registry: CollectorRegistry,
+        close_backend: Callable[[], None],
+    ) -> None:
+        self.config = config
+        self.actuator = actuator
+        self.sessions = sessions
+        self._brain_factory = brain_factory
+        self._servicer = servicer
+        self._registry = registry
+        self._health = health.HealthServicer()
+        self._log = structlog.get_logger()
+        self._stopping = threading.Event()
+        self._resources = contextlib.ExitStack()
+        self._resources.callback(close_backend)
+        self._server: grpc.Server | None = None
+        self.tcp_port = 0
+
+    @property
+    def target(self) -> str:
+        """What a client connects to."""
+        if self.config.socket is not None:
+            return _unix_target(self.config.socket)
+        return f"{split_address(self.config.tcp_address)[0]}:{self.tcp_port}"
+
+    def start(self) -> None:
+        """Restore default clocks, warm up, listen.
+
+        Raises:
+            ConflictError: A socket or port is taken.
+            ActuationError: A GPU cannot be reset: it may be slow for ever, so nothing starts.
+            ThrottleError: Something else that the configuration asks for cannot be had.
+        """
+        try:
+            if self.config.socket is not None:
+                self._resources.enter_context(claimed(self.config.socket))
+            # whatever a killed daemon has left behind; only now, as no other daemon runs here
+            self.actuator.reset_all()
+            if self.config.recordings is not None:
+                require_pyarrow()
+            self._warm_up()
+            if self.config.metrics_address:
+                address = split_address(self.config.metrics_address)
+                self._resources.callback(serve_metrics(self._registry, *address))
+            self._server = self._listen()
+        except BaseException:
+            self._resources.close()
+            raise
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        for name in _HEALTH_NAMES:
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._log.info(
+            "serving",
+            version=__version__,
+            target=self.target,
+            tcp_port=self.tcp_port,
+            gpu_uuids=self.actuator.uuids(),
+        )
+
+    def stop(self) -> bool:
+        """Refuse new work, restore all clocks, end the calls, free everything.
+
+        Returns:
+            Whether every GPU is known to be at default clocks.
+        """
+        self._log.info("stopping")
+        self._health.enter_graceful_shutdown()
+        self._stopping.set()
+        self.sessions.drain()
+        restored = self._reset_all()
+        if self._server is not None:
+            self._server.stop(self.config.drain_seconds).wait()
+        self._resources.close()
+        self._log.info("stopped", clocks_restored=restored)
+        return restored
+
+    def _warm_up(self) -> None:
+        found = False
+        for name, problem in self._brain_factory.warm_up():
+            found = True
+            if problem:
+                self._log.warning("bundle_degraded", bundle=name, problem=problem)
+            else:
+                self._log.info("bundle_ready", bundle=name)
+        if not found:
+            self._log.warning("no_bundles", directory=str(self.config.bundles))
+
+    def _listen(self) -> grpc.Server:
+        calls = self.config.engines_limit + _OTHER_CALLS
+        server = grpc.server(
+            ThreadPoolExecutor(calls, thread_name_prefix="call"),
+            options=_SERVER_OPTIONS,
+            maximum_concurrent_rpcs=calls,
+        )
+        throttle_service_pb2_grpc.add_ThrottleServiceServicer_to_server(self._servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            (_SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        if self.config.socket is not None:
+            with private_umask():
+                _bind(server, _unix_target(self.config.socket), "socket")
+        if self.config.tcp_address:
+            self.tcp_port = _bind(server, self.config.tcp_address, "tcp_address")
+        server.start()
+        return server
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(_WATCH_SECONDS):
+            self.sessions.release_stuck()
+
+    def _reset_all(self) -> bool:
+        try:
+            self.actuator.reset_all()
+        except ActuationError as error:
+            self._log.error("reset_failed", error=str(error))
+            return False
+        return True
+
+
+def build_server(
+    config: DaemonConfig,
+    brain_factory: BrainFactory | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Daemon:
+    """Put a daemon together.
+
+    Args:
+        config: A configuration without problems.
+        brain_factory: Makes each engine's brain; None controls by the configured bundles.
+        clock: Monotonic seconds.
+
+    Raises:
+        NotFoundError: The backend or a configured GPU is not there.
+    """
+    log = structlog.get_logger()
+    file = SimulatedGpuFile.open(_simulated_gpus(config))
+    try:
+        registry = CollectorRegistry()
+        metrics = DaemonMetrics(registry)
+        backend = SimulatedBackend(file)
+        allowed = config.gpus or backend.uuids()
+        actuator = Actuator(backend, allowed, clock, metrics.count_change)
+        registry.register(GpuCollector(actuator))
+    except BaseException:
+        file.close()
+        raise
+    brains = (
+        brain_factory
+        if brain_factory is not None
+        else ControllerFactory(config.bundles, config.control)
+    )
+    sessions = Sessions(
+        actuator=actuator,
+        brain_factory=brains,
+        recording=RecordingPlan(config.recordings, simulated=config.backend == "simulated"),
+        limits=SessionLimits(
+            config.engines_limit, config.lease.minimum_seconds, config.lease.maximum_seconds
+        ),
+        metrics=metrics,
+        clock=clock,
+        new_registration_id=_new_registration_id,
+        log=log,
+    )
+    servicer = ThrottleServicer(
+        sessions=sessions,
+        actuator=actuator,
+        brain_factory=brains,
+        metrics=metrics,
+        clock=clock,
+        log=log,
+    )
+    return Daemon(
+        config=config,
+        actuator=actuator,
+        sessions=sessions,
+        brain_factory=brains,
+        servicer=servicer,
+        registry=registry,
+        close_backend=file.close,
+    )
+
+
+def serve_until_signal(daemon: Daemon) -> int:
+    """Serve until SIGTERM or SIGINT; call it from the main thread before any other is started.
+
+    Returns:
+        Exit status: 0 when every GPU is back at default clocks, else 1.
+
+    Raises:
+        ThrottleError: As `Daemon.start`.
+    """
+    signals = {signal.SIGTERM, signal.SIGINT}
+    # Blocked in every thread and waited for here: a handler could run in the middle of a lock.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    daemon.start()
+    # A full collection takes up to 75 ms with XGBoost's objects; they stay, so they are set aside.
+    gc.collect()
+    gc.freeze()
+    signal.sigwait(signals)
+    deadline = threading.Timer(
+        daemon.config.drain_seconds + _STOP_MARGIN_SECONDS, os._exit, args=(1,)
+    )
+    deadline.daemon = True
+    deadline.start()  # a driver call that hangs must not keep the process
+    restored = daemon.stop()
+    deadline.cancel()
+    return 0 if restored else 1
+
+
+def _simulated_gpus(config: DaemonConfig) -> Path:
+    if config.simulated_gpus is None:
+        raise ValueError("simulated_gpus is empty; check the configuration first")
+    return config.simulated_gpus
+
+
+def _unix_target(path: Path) -> str:
+    return f"unix:{path.absolute()}"
+
+
+def _bind(server: grpc.Server, address: str, name: str) -> int:
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError:
+        raise ConflictError(
+            f"{name} {address} cannot be had; it may be in use: choose another"
+        ) from None
+
+
+def _new_registration_id() -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"

@@ -93,8 +93,10 @@ def run(arguments: argparse.Namespace) -> int:
         tpot_seconds=CHAT_SLOS.tpot_seconds or 0.0,
         slack_seconds={name: each.slack_seconds for name, each in answers.items()},
         notes=[
-            "The shipped trace is part of the Azure LLM inference dataset 2023 (CC-BY 4.0, "
-            "github.com/Azure/AzurePublicDataset).",
+            (
+                "The shipped trace is part of the Azure LLM inference dataset 2023 (CC-BY 4.0, "
+                "github.com/Azure/AzurePublicDataset)."
+            ),
             "Decisions are timed inside the daemon, back to back: the player waits for each answer.",
         ],
         more_figures={

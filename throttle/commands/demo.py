@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "The shipped trace is part of the Azure LLM inference dataset 2023 (CC-BY 4.0, "
                 "github.com/Azure/AzurePublicDataset)."
             ),
-            "Decisions are timed inside the daemon, back to back: the player waits for each answer.",
+            "Decisions are timed inside the daemon, back to back; the player awaits each answer.",
         ],
         more_figures={
             name: _quantiles("decision", each.decision_seconds) for name, each in answers.items()

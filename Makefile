@@ -31,7 +31,7 @@ help:  ## list the targets
 demo: .stamp-run  ## ten minutes of a real trace on one simulated GPU, at maximum clock and throttled
 	$(BIN)/throttle demo --out out/demo
 
-test: .stamp-dev  ## unit, property and integration tests
+test: .stamp-dev .stamp-proto  ## unit, property and integration tests
 	$(BIN)/pytest -m "not slow"
 
 test-slow: .stamp-dev  ## the tests that take long

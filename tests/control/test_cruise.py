@@ -83,6 +83,17 @@ def test_clocks_that_cannot_carry_the_load_within_a_limit_are_out():
     assert np.isinf(_settle(load, kv).power_watts[:39]).all()
 
 
+def test_a_margin_for_crowded_times_raises_the_lowest_clock_that_carries_the_load():
+    load, limits = _load(1000.0), dataclasses.replace(OPEN, tpot_seconds=0.02)
+    prediction = PREDICTOR.predict(equilibrium_shapes(load, limits))
+    idle = PREDICTOR.idle_power_watts
+    lowest = [
+        int(np.flatnonzero(np.isfinite(settle(load, limits, prediction, idle, z).power_watts))[0])
+        for z in (0.0, 1.0, 2.0)
+    ]
+    assert lowest[0] < lowest[1] < lowest[2]
+
+
 def test_more_prompts_than_a_clock_can_compute_have_no_equilibrium():
     assert np.isinf(_settle(_load(200.0, requests_per_second=60.0)).power_watts).all()
 

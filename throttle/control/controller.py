@@ -281,7 +281,13 @@ class Controller:
             mixed = blocks[-1][:, 1] > 0
             latency, upper = self._feedback.correct(settled, mixed)
             corrected = Prediction(latency, upper, settled.power_watts)
-            equilibrium = settle(load, limits, corrected, self._resting_power_watts())
+            equilibrium = settle(
+                load,
+                limits,
+                corrected,
+                self._resting_power_watts(),
+                self._settings.cruise_deviations,
+            )
             self._cruise = equilibrium
             self._interruptions = expect_interruptions(
                 load, limits, corrected, self._settings.burst_deviations

@@ -133,6 +133,7 @@ def settle(
     limits: CarryingLimits,
     prediction: Prediction,
     idle_power_watts: NDArray[np.float64],
+    deviations: float = 0.0,
 ) -> Equilibrium:
     """Find the equilibrium of every clock.
 
@@ -141,6 +142,8 @@ def settle(
         limits: What may not be exceeded.
         prediction: Of `equilibrium_shapes(load, limits)`.
         idle_power_watts: Power while nothing runs, if this clock is the cruise clock, (C,).
+        deviations: Standard deviations by which batch and prompts may exceed their means while the
+            mean gap still keeps its limit.
     """
     grid = _grid(limits)
     decode_seconds, mixed_seconds = np.split(prediction.latency_seconds, 2)
@@ -172,11 +175,16 @@ def settle(
         + (1.0 - busy) * idle_power_watts
     )
     first_token = at(mixed_seconds) / (1.0 - np.minimum(prefill_share, _PREFILL_BUSY_LIMIT))
+    # Batch and prompts fluctuate like Poisson numbers; a request meets one stretch of them.
+    crowded = _interpolation(grid, _while_busy(batch + deviations * np.sqrt(batch)))
+    burst_rate = mixed_rate + deviations * np.sqrt(mixed_rate / _BURST_SECONDS)
+    burst_share = np.minimum(crowded(mixed_seconds) * burst_rate, _PREFILL_BUSY_LIMIT)
+    crowded_rate = burst_rate + (1.0 - burst_share) / crowded(decode_seconds)
     carried = (
         (prefill_share < _PREFILL_BUSY_LIMIT)
         & (batch < 0.999 * min(limits.batch_requests, grid[-1]))
         & (batch * load.context_tokens < limits.kv_tokens)
-        & (rate * limits.tpot_seconds >= 1.0)
+        & (crowded_rate * limits.tpot_seconds >= 1.0)
         & (first_token <= limits.ttft_seconds)
     )
     return Equilibrium(np.where(carried, power, np.inf), batch, busy, 1.0 / rate)

@@ -20,6 +20,8 @@ class ControlSettings:
         e2e_guard_ratio: Share of the time left to a last token that may be planned with.
         reserve_seconds: Kept back from every first token for one switch and one decision.
         burst_deviations: Standard deviations of the number of prompts to come that are planned for.
+        cruise_deviations: Standard deviations of batch and prompts under which the cruise clock
+            must still keep the mean gap.
         violation_ratio: Share of iterations that may exceed the latency bound.
         floor_clock_ratio: Lowest clock while work runs, as a share of the highest.
         ceiling_clock_ratio: Highest clock ever chosen, as a share of the highest.
@@ -41,6 +43,7 @@ class ControlSettings:
     e2e_guard_ratio: float = 0.9
     reserve_seconds: float = 0.05
     burst_deviations: float = 1.0
+    cruise_deviations: float = 1.5
     violation_ratio: float = 0.01
     floor_clock_ratio: float = 0.4
     ceiling_clock_ratio: float = 1.0
@@ -107,6 +110,7 @@ _SHARES = (
 _NOT_NEGATIVE = (
     "reserve_seconds",
     "burst_deviations",
+    "cruise_deviations",
     "dwell_seconds",
     "least_gain_ratio",
     "raise_step_ratio",

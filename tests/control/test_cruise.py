@@ -138,6 +138,21 @@ def test_the_load_is_unknown_until_it_has_settled():
     assert estimator.load() is None
 
 
+@pytest.mark.parametrize(("burst", "expected"), [(1, 1.0), (6, 6.0)])
+def test_arrivals_in_bursts_are_told_from_independent_ones(burst, expected):
+    random = np.random.default_rng(5)
+    estimator = LoadEstimator(300.0, 5.0)
+    for step in range(60_000):
+        prompts = burst * random.poisson(0.05 / burst)
+        work = ScheduledRequests(
+            num_prefill_requests=int(prompts),
+            sum_prefill_tokens=int(prompts) * 100,
+            num_decode_requests=8,
+        )
+        estimator.add(IterationState(step, Phase.COMPLETED, step * 0.01, 0.01, scheduled=work))
+    assert estimator.load().dispersion_ratio == pytest.approx(expected, rel=0.3)
+
+
 def test_old_load_is_forgotten():
     estimator = LoadEstimator(10.0, 1.0)
     for step in range(2000):

@@ -28,6 +28,8 @@ class OfferedLoad:
         prefill_kv_tokens_per_iteration: Tokens of those prompts already in KV.
         decode_tokens_per_second: Output tokens.
         context_tokens: Mean context of a generating request.
+        dispersion_ratio: Variance over mean of the prompts that start per second, at least 1: 1 for
+            Poisson arrivals, more for bursts (index of dispersion for counts).
     """
 
     prefill_tokens_per_second: float
@@ -36,6 +38,13 @@ class OfferedLoad:
     prefill_kv_tokens_per_iteration: float
     decode_tokens_per_second: float
     context_tokens: float
+    dispersion_ratio: float = 1.0
+
+
+#: Length of the intervals in which prompts are counted, and the weight of the assumption that they
+#: arrive as a Poisson process, in intervals.
+_COUNT_SECONDS = 1.0
+_POISSON_WEIGHT = 10.0
 
 
 class LoadEstimator:
@@ -58,6 +67,7 @@ class LoadEstimator:
         self._prefill_kv_tokens = 0.0
         self._decode_tokens = 0.0
         self._decode_kv_tokens = 0.0
+        self._dispersion = _Dispersion(time_constant_seconds / _COUNT_SECONDS)
 
     def add(self, state: IterationState) -> None:
         """Take in a completed iteration or a heartbeat; a planned state is not yet work done."""
@@ -67,6 +77,8 @@ class LoadEstimator:
         if self._last_seconds is not None:
             self._age(now - self._last_seconds)
         self._last_seconds = now
+        prompts = state.scheduled.num_prefill_requests if state.phase is Phase.COMPLETED else 0
+        self._dispersion.add(now, prompts)
         if state.phase is not Phase.COMPLETED:
             return
         work = state.scheduled
@@ -90,6 +102,7 @@ class LoadEstimator:
             prefill_kv_tokens_per_iteration=self._prefill_kv_tokens / iterations,
             decode_tokens_per_second=self._decode_tokens / self._weight_seconds,
             context_tokens=self._decode_kv_tokens / self._decode_tokens,
+            dispersion_ratio=self._dispersion.ratio(),
         )
 
     def _age(self, elapsed_seconds: float) -> None:
@@ -102,3 +115,39 @@ class LoadEstimator:
         self._prefill_kv_tokens *= decay
         self._decode_tokens *= decay
         self._decode_kv_tokens *= decay
+
+
+class _Dispersion:
+    """Variance over mean of counts per interval, exponentially weighted.
+
+    Args:
+        memory_intervals: Age, in intervals, at which a count weighs 1/e.
+    """
+
+    def __init__(self, memory_intervals: float) -> None:
+        self._decay = math.exp(-1.0 / memory_intervals)
+        self._ends_seconds: float | None = None
+        self._count = 0.0
+        self._weight = self._sum = self._squares = 0.0
+
+    def add(self, now_seconds: float, count: int) -> None:
+        """Count prompts at a time that does not fall."""
+        if self._ends_seconds is None:
+            self._ends_seconds = now_seconds + _COUNT_SECONDS
+        while now_seconds >= self._ends_seconds:
+            self._weight = self._weight * self._decay + 1.0
+            self._sum = self._sum * self._decay + self._count
+            self._squares = self._squares * self._decay + self._count**2
+            self._count = 0.0
+            self._ends_seconds += _COUNT_SECONDS
+        self._count += count
+
+    def ratio(self) -> float:
+        """At least 1; drawn towards 1 while few intervals were seen."""
+        if self._sum <= 0.0:
+            return 1.0
+        mean = self._sum / self._weight
+        variance = max(self._squares / self._weight - mean * mean, 0.0)
+        observed = variance / mean
+        shrunk = (observed * self._weight + _POISSON_WEIGHT) / (self._weight + _POISSON_WEIGHT)
+        return max(shrunk, 1.0)

@@ -12,6 +12,7 @@ and wrong at another (docs/decisions/0002-long-run-average-power.md).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -118,12 +119,11 @@ def expect_interruptions(
         load: What arrives.
         limits: As given to `equilibrium_shapes`.
         prediction: Of `equilibrium_shapes(load, limits)`.
-        deviations: Standard deviations of a Poisson number of prompt iterations, over
+        deviations: Standard deviations of the number of prompt iterations, over
             `_BURST_SECONDS`, that are planned for on top of the mean.
     """
     decode_seconds, mixed_seconds = np.split(prediction.latency_seconds, 2)
-    mean = load.prefill_iterations_per_second
-    rate = mean + deviations * np.sqrt(mean / _BURST_SECONDS)
+    rate = _burst_rate(load, deviations)
     share = np.clip(rate * (mixed_seconds - decode_seconds), 0.0, _PREFILL_BUSY_LIMIT)
     return Interruptions(_grid(limits), 1.0 / (1.0 - share))
 
@@ -177,7 +177,7 @@ def settle(
     first_token = at(mixed_seconds) / (1.0 - np.minimum(prefill_share, _PREFILL_BUSY_LIMIT))
     # Batch and prompts fluctuate like Poisson numbers; a request meets one stretch of them.
     crowded = _interpolation(grid, _while_busy(batch + deviations * np.sqrt(batch)))
-    burst_rate = mixed_rate + deviations * np.sqrt(mixed_rate / _BURST_SECONDS)
+    burst_rate = _burst_rate(load, deviations)
     burst_share = np.minimum(crowded(mixed_seconds) * burst_rate, _PREFILL_BUSY_LIMIT)
     crowded_rate = burst_rate + (1.0 - burst_share) / crowded(decode_seconds)
     carried = (
@@ -188,6 +188,12 @@ def settle(
         & (first_token <= limits.ttft_seconds)
     )
     return Equilibrium(np.where(carried, power, np.inf), batch, busy, 1.0 / rate)
+
+
+def _burst_rate(load: OfferedLoad, deviations: float) -> float:
+    """Prompt iterations per second in a burst so many standard deviations above the mean."""
+    mean = load.prefill_iterations_per_second
+    return mean + deviations * math.sqrt(mean * load.dispersion_ratio / _BURST_SECONDS)
 
 
 def _grid(limits: CarryingLimits) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: A request's mean gap is judged as many tokens ahead as one in fifty will not reach, within these
 #: bounds: far enough to average a prompt chunk out, near enough that an early end does no harm.
-_TPOT_LOOKAHEAD_TOKENS = (16.0, 48.0)
+_TPOT_LOOKAHEAD_TOKENS = (12.0, 48.0)
 #: Only the gaps of the next segments are judged token by token.
 _TBT_DECODE_SEGMENTS = 2
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 COLORS = ("#6b7280", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 LIMIT_COLOR = "#b3261e"
 _INK, _RULE, _FAINT = "#1f2937", "#9ca3af", "#e8ebef"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: sharp, searchable, in the page's font
     "font.family": "sans-serif",
     "font.size": 10.5,
@@ -63,7 +63,7 @@ def timeline(
         results: Runs by name.
         slack_seconds: By name of the run, time and slack of the limit that binds, in seconds.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         panels = [panel for panel in _PANELS if _any_value(results, panel[0])]
         rows = len(panels) + bool(slack_seconds)
         figure = Figure(figsize=(9.6, 1.42 * rows + 0.5), layout="constrained")
@@ -91,7 +91,7 @@ def distributions(
     results: Mapping[str, RunResult], ttft_seconds: float, tpot_seconds: float
 ) -> str:
     """Cumulative distributions of TTFT and mean TPOT, with their limits."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for color, result in zip(itertools.cycle(COLORS), results.values()):
@@ -114,7 +114,7 @@ def distributions(
 
 def energy_bars(results: Mapping[str, RunResult]) -> str:
     """Energy of each run, serving and idle, with its ratio to the first run's."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 0.55 * len(results) + 0.75), layout="constrained")
         axis = figure.subplots()
         names = list(results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import random
 from typing import TYPE_CHECKING, Protocol
 
 from throttle.control.state import (
@@ -15,21 +16,24 @@ from throttle.control.state import (
     QueuedRequests,
     RequestEvent,
     RequestProgress,
-    Role,
     ScheduledRequests,
     Slos,
+    SpeculativeDecoding,
     TimingSource,
 )
-from throttle.errors import InvalidInputError
+from throttle.simulation.admission import Admission, check_engine
 from throttle.simulation.operators import IterationWork
-from throttle.simulation.outcomes import GapHistogram, RequestOutcome
-from throttle.simulation.scheduler import Scheduler, ServedRequest, Step
+from throttle.simulation.outcomes import GapHistogram, outcome_of
+from throttle.simulation.scheduler import Scheduler, Step
+from throttle.simulation.speculation import Speculation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from throttle.simulation.gpu import SimulatedGpu
+    from throttle.simulation.outcomes import RequestOutcome
     from throttle.simulation.requests import Request
+    from throttle.simulation.waiting import ServedRequest
 
 
 class Fidelity(enum.StrEnum):
@@ -68,6 +72,10 @@ class SimulatedEngine:
         fidelity: How much the states tell.
         heartbeat_seconds: Interval between states while idle.
         scrape_interval_seconds: Interval between states with `Fidelity.SCRAPE`.
+        generator: Draws which drafts are accepted; None draws one fixed series.
+
+    Raises:
+        InvalidInputError: One of the plant's engine limits or options is not allowed.
     """
 
     def __init__(
@@ -75,20 +83,25 @@ class SimulatedEngine:
         gpu: SimulatedGpu,
         source: RequestSource,
         fidelity: Fidelity = Fidelity.FULL,
+        *,
         heartbeat_seconds: float = 0.1,
         scrape_interval_seconds: float = 0.25,
+        generator: random.Random | None = None,
     ) -> None:
         self._gpu = gpu
         self._source = source
         self._fidelity = fidelity
         self._heartbeat = heartbeat_seconds
         self._scrape_interval = scrape_interval_seconds
-        limits = gpu.plant.parameters.engine
-        self._running_limit = limits.running_requests_limit
-        self._tokens_limit = limits.batched_tokens_limit
-        self._block_tokens = limits.kv_block_tokens
+        self._limits = limits = gpu.plant.parameters.engine
+        check_engine(limits)
         self.kv_blocks_count = gpu.plant.kv_blocks_count
-        self._scheduler = Scheduler(limits, self.kv_blocks_count)
+        self._admission = Admission(limits, self.kv_blocks_count * limits.kv_block_tokens)
+        self._speculates = limits.draft_tokens_count > 0
+        speculation = Speculation(limits, generator or random.Random(0))  # noqa: S311 - simulated
+        self._scheduler = Scheduler(
+            limits, self.kv_blocks_count, speculation if self._speculates else None
+        )
         self._events: list[RequestEvent] = []
         self._sequence_number = 0
         self._step_ended_seconds = 0.0
@@ -143,11 +156,11 @@ class SimulatedEngine:
             data_parallel_count=1,
             expert_parallel_count=parallelism.expert_parallel_count,
             gpu_uuids=gpu_uuids,
-            role=Role.MIXED,
-            running_requests_limit=self._running_limit,
-            batched_tokens_limit=self._tokens_limit,
+            role=self._admission.role,
+            running_requests_limit=self._limits.running_requests_limit,
+            batched_tokens_limit=self._limits.batched_tokens_limit,
             kv_blocks_count=self.kv_blocks_count,
-            kv_block_tokens=self._block_tokens,
+            kv_block_tokens=self._limits.kv_block_tokens,
             default_slos=default_slos,
             mode=mode,
             lease_seconds=lease_seconds,
@@ -195,6 +208,7 @@ class SimulatedEngine:
             decode_requests_count=step.contexts.count,
             decode_context_tokens=step.contexts.total,
             sampled_requests_count=step.contexts.count + finishing,
+            decode_tokens_count=step.contexts.count + step.draft_tokens,
         )
         duration, _ = self._gpu.run(work)
         self.iterations_count += 1
@@ -206,20 +220,13 @@ class SimulatedEngine:
         """Hand out the step's tokens, and end the requests that are complete."""
         now, events = self.time_seconds, self._events
         started = self._step_ended_seconds
-        for item in step.preempted:
-            self.preemptions_count += 1
-            if item.decoding:
-                item.decoding = False
-                item.last_token_seconds = started
-            events.append(
-                RequestEvent(
-                    EventKind.PREEMPTED, item.number, now - started, generated_tokens=item.generated
-                )
-            )
+        self._note_preempted(step, started)
         finished = [item for item in step.decoders if item.generated == item.output]
         if step.decoders:
             self.gaps.add(now - started, len(step.decoders))
-            self.output_tokens_count += len(step.decoders)
+            self.output_tokens_count += len(step.decoders) + step.accepted_tokens
+            if step.accepted_tokens:  # they come together with the token before them
+                self.gaps.add(0.0, step.accepted_tokens)
         for item in step.prefills:
             if item.computed < item.prompt + item.generated:
                 continue
@@ -239,26 +246,24 @@ class SimulatedEngine:
             self._scheduler.sweep()
         self._step_ended_seconds = now
 
+    def _note_preempted(self, step: Step, started: float) -> None:
+        for item in step.preempted:
+            self.preemptions_count += 1
+            if item.decoding:
+                item.decoding = False
+                item.last_token_seconds = started
+            age = self.time_seconds - started
+            self._events.append(
+                RequestEvent(EventKind.PREEMPTED, item.number, age, generated_tokens=item.generated)
+            )
+
     def _finish(self, item: ServedRequest, now: float) -> None:
         self._scheduler.release(item)
-        request = item.request
-        gaps = item.generated - 1
-        self.outcomes.append(
-            RequestOutcome(
-                request_number=item.number,
-                arrival_seconds=request.arrival_seconds,
-                prompt_tokens=item.prompt,
-                output_tokens=item.generated,
-                ttft_seconds=item.first_token_seconds - request.arrival_seconds,
-                tpot_seconds=(now - item.first_token_seconds) / gaps if gaps else None,
-                e2e_seconds=now - request.arrival_seconds,
-                preemptions_count=item.preemptions,
-            )
-        )
+        self.outcomes.append(outcome_of(item, now))
         self._events.append(
             RequestEvent(EventKind.FINISHED, item.number, generated_tokens=item.generated)
         )
-        self._source.finished(request, now)
+        self._source.finished(item.request, now)
 
     # -- arrivals and states ---------------------------------------------------------------------
 
@@ -267,30 +272,11 @@ class SimulatedEngine:
         if arrival is None or arrival > self.time_seconds:
             return
         now = self.time_seconds
-        capacity = self.kv_blocks_count * self._block_tokens
         for request in self._source.take(now):
-            prompt, output = request.prompt_tokens, request.output_tokens
-            if prompt + output > capacity:
-                raise InvalidInputError(
-                    f"request {request.request_number}: prompt_tokens + output_tokens",
-                    prompt + output,
-                    f"at most {capacity}, the tokens that the KV cache holds",
-                )
-            self._scheduler.waiting.append(
-                ServedRequest(request, request.request_number, prompt, output)
-            )
+            item, event = self._admission.admit(request, now)
+            self._scheduler.waiting.append(item)
+            self._events.append(event)
             self.arrived_count += 1
-            self._events.append(
-                RequestEvent(
-                    EventKind.ARRIVED,
-                    request.request_number,
-                    now - request.arrival_seconds,
-                    prompt_tokens=prompt,
-                    max_output_tokens=request.max_output_tokens,
-                    slos=request.slos,
-                    length_class=request.length_class,
-                )
-            )
 
     def _idle_step(self, until_seconds: float) -> IterationState:
         self._gpu.idle(until_seconds)
@@ -310,12 +296,19 @@ class SimulatedEngine:
             num_decode_requests=contexts.count,
             sum_decode_kv_tokens=contexts.total,
             var_decode_kv_tokens=contexts.variance(),
-            num_decode_tokens=contexts.count,
+            num_decode_tokens=contexts.count + step.draft_tokens,
         )
-        return self._state(Phase.COMPLETED, duration, scheduled)
+        speculated = SpeculativeDecoding(step.draft_tokens, step.accepted_tokens)
+        return self._state(
+            Phase.COMPLETED, duration, scheduled, speculated if self._speculates else None
+        )
 
     def _state(
-        self, phase: Phase, duration: float | None, scheduled: ScheduledRequests
+        self,
+        phase: Phase,
+        duration: float | None,
+        scheduled: ScheduledRequests,
+        speculative_decoding: SpeculativeDecoding | None = None,
     ) -> IterationState:
         full = self._fidelity is Fidelity.FULL
         events, self._events = self._events, []
@@ -331,6 +324,7 @@ class SimulatedEngine:
             kv_cache=KvCache(self.used_blocks_count, self.kv_blocks_count),
             progress=self._progress() if full else None,
             request_events=tuple(events) if full else (),
+            speculative_decoding=speculative_decoding,
         )
 
     def _progress(self) -> RequestProgress:

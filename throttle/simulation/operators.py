@@ -1,32 +1,37 @@
 """What one iteration's operators ask of a GPU, before any clock is chosen.
 
-Equations: the project's roofline fits to the operator tables of NVIDIA aiconfigurator (Apache-2.0);
-docs/plant.md holds them with their errors. Everything is for one GPU of the engine; where experts
-are spread over GPUs, time is that of the fullest rank and traffic for power that of the mean rank.
+Each operator is its roofline equation (`throttle.simulation.equations`) times a measured correction
+(`throttle.simulation.operator_tables`). Everything is for one GPU of the engine; where ranks
+differ, time is that of the fullest rank and traffic for power that of the mean rank.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from array import array
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from predictors.architecture import DTYPE_BYTES
 from throttle.errors import InvalidInputError
+from throttle.simulation import attention, equations
+from throttle.simulation.communication import Communication
+from throttle.simulation.operator_tables import axis_factors
+from throttle.simulation.power import small_tile_weight
 from throttle.simulation.routing import routing_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from predictors.architecture import ModelArchitecture
-    from throttle.simulation.parameters import (
-        AllReduceParameters,
-        MoeParameters,
-        PlantParameters,
-    )
+    from throttle.simulation.equations import Numbers, Parts
+    from throttle.simulation.parameters import PlantParameters
 
-_TILE = 128  # rows and columns of one GEMM output tile
-_PADDED_ROWS = 64  # GEMM rows are padded to a multiple of this
-_GROUPED_TILE_ROWS = 32  # token-expert pairs per expert at which half of a grouped tile is padding
+#: Weight formats that are unpacked on the fly and multiplied in bf16.
+LOW_BIT = frozenset({"mxfp4", "int4", "nvfp4"})
+#: Weight formats whose products are computed in bf16.
+BF16_COMPUTED = LOW_BIT | {"bf16", "fp16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +43,15 @@ class IterationWork:
         decode_requests_count: Requests that generate one token each.
         decode_context_tokens: Tokens in KV that they attend to, summed.
         sampled_requests_count: Requests that get a token; None means all that take part.
+        decode_tokens_count: Tokens that the generating requests feed, drafts included; None means
+            one each.
     """
 
     prefill_chunks: Sequence[tuple[int, int]] = ()
     decode_requests_count: int = 0
     decode_context_tokens: int = 0
     sampled_requests_count: int | None = None
+    decode_tokens_count: int | None = None
 
 
 @dataclass(slots=True)
@@ -57,10 +65,10 @@ class Demand:
         compute: Compute time that adds up.
         scaled_fixed: Fixed time of which a share follows the clock.
         communication: Time on the links between GPUs.
-        gap: Time in which no kernel is resident: host work and sampling.
+        gap: Time in which no kernel is resident: host work between two steps.
         traffic_bytes: Bytes moved to and from device memory, mean rank.
-        tensor_seconds: Useful floating-point work over the full-clock peak, mean rank; grouped
-            GEMM weighs more.
+        tensor_seconds: Useful floating-point work over the full-clock peak, mean rank; work in
+            small tiles weighs more.
         active_experts: Experts of one layer that at least one token selects.
     """
 
@@ -75,15 +83,16 @@ class Demand:
     active_experts: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Gemm:
-    """One dense GEMM, with its repetitions in an iteration."""
+class _Curves(NamedTuple):
+    """One operator over its number of rows, all layers together; index: rows."""
 
-    count: int
-    weight_seconds: float
-    row_seconds: float
-    row_compute_seconds: float
-    waves: tuple[float, ...]  # wave quantization by number of row tiles
+    exponent_index: int
+    fixed: array[float]
+    memory: array[float]  # raised to the exponent, as is compute
+    compute: array[float]
+    moved: array[float]
+    traffic: array[float]
+    tensor: array[float]
 
 
 class Operators:
@@ -95,38 +104,59 @@ class Operators:
     """
 
     def __init__(self, parameters: PlantParameters, architecture: ModelArchitecture) -> None:
-        self._gpu = gpu = parameters.gpu
+        self._gpu = parameters.gpu
         self._architecture = architecture
+        self._parallelism = parameters.parallelism
         self._ranks = parameters.parallelism.tensor_parallel_count
         self._expert_ranks = parameters.parallelism.expert_parallel_count
+        self._gpus = parameters.parallelism.gpus_count
+        self._replicas = self._gpus // self._ranks
+        check_parallelism(architecture, self._ranks, self._expert_ranks)
         self._tokens_limit = parameters.engine.batched_tokens_limit
-        _check_parallelism(architecture, self._ranks, self._expert_ranks)
-        self._bandwidth = gpu.memory.bandwidth_bytes_per_second
-        self._ratio = gpu.engine.composition_ratio
-        self._dense_peak = self._peak(architecture.attention_weight_bytes)
-        self._attention_peak = gpu.compute.bf16_flops_per_second
-        self._moe = _by_dtype(gpu.moe, architecture.weight_dtype, "moe")
-        self._all_reduce = _by_ranks(gpu.all_reduce, self._ranks) if self._ranks > 1 else None
+        self._rows = np.arange(self._tokens_limit + 1, dtype=np.float64)
         #: Exponents of the blended operators, by the index that `Demand.blended` carries.
-        self.exponents = (gpu.gemm.roofline_exponent, self._moe.roofline_exponent)
-        self._prepare_routing(parameters.behavior.routing_skew_exponent)
-        self._prepare_moe()
-        self._prepare_attention()
-        self._prepare_gemms()
-        self._prepare_fixed()
+        self.exponents: tuple[float, ...] = ()
+        self._routing = routing_table(
+            architecture.experts_count,
+            architecture.experts_per_token,
+            parameters.behavior.routing_skew_exponent,
+            self._expert_ranks,
+            self._tokens_limit,
+        )
+        #: A model whose layers have one expert is dense: its blocks are plain GEMMs.
+        self._moe_layers = architecture.moe_layers_count if architecture.experts_count > 1 else 0
+        self._moe = self._moe_curves() if self._moe_layers else None
+        self._gemms = self._gemm_curves()
+        vocabulary = architecture.vocabulary_size // self._ranks
+        self._head = self._gemm(1, vocabulary, architecture.hidden_size, "bf16")
+        self._attention = attention.for_model(self._gpu, architecture, self._ranks)
+        self._communication = Communication(
+            self._gpu, architecture, self._ranks, self._gpus, self._tokens_limit
+        )
+        self._layer_fixed = architecture.layers_count * self._gpu.engine.layer_seconds
 
     @property
     def weight_bytes(self) -> float:
         """Bytes of the model's weights on one GPU."""
         model = self._architecture
         routed = model.moe_layers_count * model.experts_count * model.expert_weight_count
+        if not self._moe_layers:  # a dense model's blocks are split like attention
+            routed = 0
         rest = model.total_parameters_count - routed
-        return (routed * model.weight_bytes + rest * model.attention_weight_bytes) / self._ranks
+        return (
+            routed * model.weight_bytes / self._gpus
+            + rest * model.attention_weight_bytes / self._ranks
+        )
 
     @property
     def kv_bytes_per_token(self) -> float:
-        """Bytes that one token's KV takes on one GPU."""
-        return self._kv_layer_bytes * self._architecture.layers_count
+        """Bytes that one token's KV takes on one GPU that holds it."""
+        return self._attention.kv_layer_bytes * self._architecture.layers_count
+
+    @property
+    def replicas_count(self) -> int:
+        """Groups of GPUs that each hold the KV of their own requests."""
+        return self._replicas
 
     def active_experts(self, tokens: int) -> float:
         """Experts of one layer that at least one of so many tokens selects."""
@@ -134,216 +164,155 @@ class Operators:
 
     def demand(self, work: IterationWork) -> Demand:
         """What this work asks for. The work holds at least one token."""
-        decodes = work.decode_requests_count
-        tokens = decodes
-        for chunk, _ in work.prefill_chunks:
+        decodes, context = work.decode_requests_count, work.decode_context_tokens
+        chunks: Sequence[tuple[int, int]] = work.prefill_chunks
+        drafts = 0 if work.decode_tokens_count is None else work.decode_tokens_count - decodes
+        tokens = decodes + drafts
+        for chunk, _ in chunks:
             tokens += chunk
-        requests = decodes + len(work.prefill_chunks)
-        sampled = work.sampled_requests_count
+        requests = decodes + len(chunks)
+        sampled = requests if work.sampled_requests_count is None else work.sampled_requests_count
+        local = tokens
+        mean = 1.0
+        if self._replicas > 1:  # the fullest replica sets the time, the mean one the power
+            chunks, decodes, context = self._fullest_replica(chunks, decodes, context)
+            drafts = -(-drafts // self._replicas)
+            local = decodes + drafts
+            for chunk, _ in chunks:
+                local += chunk
+            mean = tokens / (self._replicas * local)
+            sampled = -(-sampled // self._replicas)
         engine = self._gpu.engine
         demand = Demand(
             blended=[],
             memory=0.0,
             compute=0.0,
-            scaled_fixed=self._fixed,
+            scaled_fixed=self._layer_fixed + engine.sequence_seconds * sampled,
             communication=0.0,
-            gap=engine.host_gap_seconds + engine.sequence_seconds * requests,
+            gap=engine.host_gap_seconds + engine.host_sequence_seconds * requests,
             traffic_bytes=0.0,
             tensor_seconds=0.0,
             active_experts=0.0,
         )
-        for gemm in self._layer_gemms:
-            self._add_gemm(demand, gemm, tokens)
-        self._add_gemm(demand, self._head, requests if sampled is None else sampled)
-        if self._moe_layers:
-            self._add_moe(demand, tokens)
-        if decodes:
-            self._add_decode_attention(demand, decodes, work.decode_context_tokens)
-        if work.prefill_chunks:
-            self._add_prefill_attention(demand, work.prefill_chunks)
-        if self._all_reduce is not None:
-            size = tokens * self._all_reduce_bytes
-            demand.communication = size / self._all_reduce.bytes_per_second
-        demand.memory *= self._ratio
-        demand.compute *= self._ratio
+        limit = self._tokens_limit
+        rows = min(limit, local)
+        for curves in self._gemms:
+            self._add(demand, curves, rows, local)
+        scored = sampled + drafts
+        if scored:
+            self._add(demand, self._head, min(scored, limit), scored)
+        self._attention.add(demand, chunks, decodes, context)
+        if self._replicas > 1:
+            demand.traffic_bytes *= mean
+            demand.tensor_seconds *= mean
+        if self._moe is not None:
+            self._add(demand, self._moe, min(limit, tokens), tokens)
+            demand.active_experts = self._routing.active_experts[min(tokens, limit)]
+        if self._gpus > 1:
+            fixed, demand.communication = self._communication.seconds(local)
+            demand.scaled_fixed += fixed
+        ratio = engine.composition_ratio
+        demand.memory *= ratio
+        demand.compute *= ratio
         return demand
 
-    # -- operators -------------------------------------------------------------------------------
+    def _fullest_replica(
+        self, chunks: Sequence[tuple[int, int]], decodes: int, context: int
+    ) -> tuple[Sequence[tuple[int, int]], int, int]:
+        """The share of the work that the fullest of the replicas does: requests are dealt."""
+        replicas = self._replicas
+        if len(chunks) > 1:
+            chunks = sorted(chunks, reverse=True)[::replicas]
+        return chunks, -(-decodes // replicas), -(-context // replicas)
 
-    def _add_gemm(self, demand: Demand, gemm: _Gemm, rows: int) -> None:
-        """`(tm^p + tc^p)^(1/p)`; `tm = bytes / (BW em)`, `tc = 2 Mp N K / (C ec) wave^q`."""
-        if rows == 0:
-            return
-        exponent = self.exponents[0]
-        padded = -(-rows // _PADDED_ROWS) * _PADDED_ROWS
-        tile = min(-(-rows // _TILE), len(gemm.waves) - 1)
-        memory = gemm.weight_seconds + rows * gemm.row_seconds
-        compute = padded * gemm.row_compute_seconds * gemm.waves[tile]
-        scale = gemm.count * self._ratio
-        demand.blended.append(((memory * scale) ** exponent, (compute * scale) ** exponent, 0))
-        parameters = self._gpu.gemm
-        demand.traffic_bytes += (
-            gemm.count * memory * self._bandwidth * parameters.memory_efficiency_ratio
-        )
-        demand.tensor_seconds += (
-            gemm.count * rows * gemm.row_compute_seconds * parameters.compute_efficiency_ratio
-        )
+    def _add(self, demand: Demand, curves: _Curves, index: int, rows: int) -> None:
+        """Add one operator; rows beyond the curves' end scale its last entry."""
+        kind = curves.exponent_index
+        memory, compute, scale = curves.memory[index], curves.compute[index], 1.0
+        if rows > index:
+            scale = rows / index
+            memory *= scale ** self.exponents[kind]
+            compute *= scale ** self.exponents[kind]
+        demand.blended.append((memory, compute, kind))
+        demand.scaled_fixed += curves.fixed[index]
+        demand.memory += curves.moved[index] * scale
+        demand.traffic_bytes += curves.traffic[index] * scale
+        demand.tensor_seconds += curves.tensor[index] * scale
 
-    def _add_moe(self, demand: Demand, tokens: int) -> None:
-        """`(tm^p + tc^p)^(1/p) + ca (T (2H + 3I) + n H) 2 / bw` per layer.
+    # -- what is computed once --------------------------------------------------------------------
 
-        `tm = A 3 H I wb / (bw em)`, `tc = 6 H I (T + A mpad) / (C ec)`; A and T are the active
-        experts and the token-expert pairs of the rank.
-        """
-        n = min(tokens, self._tokens_limit)
-        routing, layers = self._routing, self._moe_layers
-        active = routing.fullest_rank_active_experts[n]
-        mean_pairs = tokens * self._architecture.experts_per_token / self._expert_ranks
-        pairs = mean_pairs * routing.fullest_rank_load_ratio
-        memory = layers * active * self._expert_seconds
-        compute = layers * (pairs + active * self._moe.padding_tokens) * self._pair_seconds
-        exponent = self.exponents[1]
-        if exponent == 1.0:
-            demand.memory += memory
-            demand.compute += compute
-        else:
-            demand.blended.append(
-                ((memory * self._ratio) ** exponent, (compute * self._ratio) ** exponent, 1)
-            )
-        moved = layers * 2.0 * (pairs * self._pair_elements + tokens * self._hidden)
-        demand.memory += self._moe.activation_traffic_ratio * moved / self._bandwidth
-        mean_active = routing.active_experts[n] / self._expert_ranks
-        demand.traffic_bytes += layers * mean_active * self._expert_bytes + moved
-        waste = self._tile_waste / (1.0 + pairs / active / _GROUPED_TILE_ROWS)
-        demand.tensor_seconds += layers * mean_pairs * self._pair_tensor_seconds * (1.0 + waste)
-        demand.active_experts = routing.active_experts[n]
-
-    def _add_decode_attention(self, demand: Demand, decodes: int, context: int) -> None:
-        """`g t0 + (KV + s0 KV / (KV + 5 MB)) / (bw em) + cb B heads` per layer."""
-        heads, rows_seconds = self._heads, self._decode_row_seconds
-        for layers, window in self._attention_layers:
-            read = min(context, decodes * window) if window else context
-            kv = read * self._kv_layer_bytes
-            extra = self._decode_extra_bytes * kv / (kv + 5e6)
-            demand.memory += layers * (kv + extra) * self._decode_byte_seconds
-            demand.scaled_fixed += layers * rows_seconds * decodes * heads
-            demand.traffic_bytes += layers * kv
-            demand.tensor_seconds += layers * read * self._context_flops / self._attention_peak
-        demand.scaled_fixed += self._decode_fixed
-
-    def _add_prefill_attention(self, demand: Demand, chunks: Sequence[tuple[int, int]]) -> None:
-        """Causal attention of chunks: `4 S (context + S/2 + s0/2) heads hd / (C ec) + cm IO / bw`.
-
-        A chunk of a whole prompt gives the fitted `2 S^2 heads hd (1 + s0 / S)`.
-        """
-        parameters = self._gpu.prefill_attention
-        extra = parameters.extra_tokens / 2.0
-        efficiency = self._attention_peak * parameters.compute_efficiency_ratio
-        io_seconds = parameters.traffic_ratio / self._bandwidth
-        for layers, window in self._attention_layers:
-            pairs = spent = moved = 0.0
-            for tokens, context in chunks:
-                seen = context + tokens / 2.0
-                if window and seen > window:
-                    seen = window
-                pairs += tokens * seen
-                spent += tokens * (seen + extra)
-                moved += tokens * self._query_bytes + context * self._kv_layer_bytes
-            demand.compute += layers * spent * self._prefill_flops / efficiency
-            demand.memory += layers * moved * io_seconds
-            demand.traffic_bytes += layers * moved
-            demand.tensor_seconds += layers * pairs * self._prefill_flops / self._attention_peak
-        demand.scaled_fixed += self._prefill_fixed
-
-    # -- what can be computed once ---------------------------------------------------------------
-
-    def _peak(self, weight_bytes: float) -> float:
+    def _peak(self, weight_dtype: str) -> float:
         compute = self._gpu.compute
-        wide = weight_bytes >= 2.0
+        wide = weight_dtype in BF16_COMPUTED
         return compute.bf16_flops_per_second if wide else compute.fp8_flops_per_second
 
-    def _prepare_routing(self, skew_exponent: float) -> None:
-        model = self._architecture
-        self._routing = routing_table(
-            model.experts_count,
-            model.experts_per_token,
-            skew_exponent,
-            self._expert_ranks,
-            self._tokens_limit,
+    def _exponent_index(self, exponent: float) -> int:
+        if exponent not in self.exponents:
+            self.exponents = (*self.exponents, exponent)
+        return self.exponents.index(exponent)
+
+    def _curves(self, parts: Parts, factors: Numbers, count: int) -> _Curves:
+        """An operator over its rows, all its layers together and corrected."""
+        p = parts.exponent
+        scale = factors * count
+        blend = (scale * self._gpu.engine.composition_ratio) ** p
+        columns = (
+            scale * parts.fixed,
+            blend * parts.memory**p,
+            blend * parts.compute**p,
+            scale * parts.moved,
+            count * parts.traffic_bytes,
+            count * parts.tensor_seconds,
         )
-        #: A model whose layers have one expert is dense: its blocks are plain GEMMs.
-        self._moe_layers = model.moe_layers_count if model.experts_count > 1 else 0
+        return _Curves(
+            self._exponent_index(p), *(array("d", column.tobytes()) for column in columns)
+        )
 
-    def _prepare_moe(self) -> None:
-        model, moe = self._architecture, self._moe
-        split = self._ranks // self._expert_ranks  # GPUs that share each expert
+    def _moe_curves(self) -> _Curves:
+        """The MoE layers by tokens of the whole engine; time of the fullest rank."""
+        model, gpu, n = self._architecture, self._gpu, self._rows
+        dtype = model.weight_dtype
+        if dtype not in gpu.moe:
+            raise InvalidInputError("model.weight_dtype", dtype, f"{', '.join(gpu.moe)} in [moe]")
+        split = self._gpus // self._expert_ranks  # GPUs that share each expert
         width = model.expert_intermediate_size / split
-        per_expert = 3.0 * model.hidden_size * width
-        # Four-bit weights are multiplied in bf16 (weight-only quantization).
-        low_bit = model.weight_dtype in {"mxfp4", "int4", "bf16", "fp16"}
-        peak = self._peak(2.0 if low_bit else model.weight_bytes)
-        self._expert_bytes = per_expert * model.weight_bytes
-        self._expert_seconds = self._expert_bytes / (self._bandwidth * moe.memory_efficiency_ratio)
-        self._pair_seconds = 2.0 * per_expert / (peak * moe.compute_efficiency_ratio)
-        self._tile_waste = self._gpu.power.grouped_tensor_ratio - 1.0
-        self._pair_tensor_seconds = 2.0 * per_expert / peak
-        self._pair_elements = 2.0 * model.hidden_size + 3.0 * width
-        self._hidden = float(model.hidden_size)
+        active = np.array(self._routing.fullest_rank_active_experts)
+        mean_pairs = n * model.experts_per_token / self._expert_ranks
+        ratio = self._routing.fullest_rank_load_ratio
+        hidden = float(model.hidden_size)
+        parts = equations.moe(
+            gpu.moe[dtype],
+            np.full_like(n, hidden),
+            np.full_like(n, width),
+            model.weight_bytes,
+            n,
+            active,
+            mean_pairs * ratio,
+            self._peak(dtype),
+            gpu.memory.bandwidth_bytes_per_second,
+        )
+        shape = (hidden, width, model.experts_count, model.experts_per_token, self._expert_ranks)
+        axis = 2.0 ** np.arange(0.0, 14.5, 0.5)
+        measured = axis_factors(gpu.name, "moe", (dtype,), shape, axis)
+        factors = np.interp(np.log2(np.maximum(n, 1.0)), np.log2(axis), measured)
+        mean_active = np.array(self._routing.active_experts) / self._expert_ranks
+        share = np.divide(mean_active, active, out=np.ones_like(n), where=active > 0)
+        rank_means = replace(
+            parts,
+            traffic_bytes=parts.traffic_bytes * share,
+            tensor_seconds=parts.tensor_seconds * share,
+        )
+        return self._curves(rank_means, factors, self._moe_layers)
 
-    def _prepare_attention(self) -> None:
-        model, gpu = self._architecture, self._gpu
-        sliding = model.sliding_layers_count
-        full = (model.layers_count - sliding, 0)
-        windowed = (sliding, model.sliding_window_tokens)
-        self._attention_layers = tuple(item for item in (full, windowed) if item[0])
-        self._heads = heads = model.attention_heads_count / self._ranks
-        if model.attention == "mla":
-            self._prepare_latent_attention()
-            return
-        width = model.head_dimension
-        kv_heads = max(model.kv_heads_count / self._ranks, 1.0)
-        self._kv_layer_bytes = 2.0 * kv_heads * width * model.kv_bytes
-        self._query_bytes = (2.0 * heads + 2.0 * kv_heads) * width * 2.0
-        self._context_flops = self._prefill_flops = 4.0 * heads * width
-        decode = gpu.decode_attention
-        self._decode_byte_seconds = 1.0 / (self._bandwidth * decode.memory_efficiency_ratio)
-        self._decode_extra_bytes = decode.extra_bytes
-        self._decode_row_seconds = decode.seconds_per_row
-        self._decode_fixed = model.layers_count * decode.fixed_seconds
-        self._prefill_fixed = model.layers_count * gpu.prefill_attention.fixed_seconds
-
-    def _prepare_latent_attention(self) -> None:
-        """MLA: decode reads the compressed KV once for all heads; prefill expands it."""
-        model, latent = self._architecture, self._gpu.latent_attention
-        if latent is None:
-            raise InvalidInputError(
-                "gpu", self._gpu.name, "a GPU with a [latent_attention] table for an MLA model"
-            )
-        heads, layers = self._heads, model.layers_count
-        compressed = model.kv_lora_rank + model.rope_head_dimension
-        self._kv_layer_bytes = compressed * model.kv_bytes
-        self._query_bytes = heads * (3.0 * model.head_dimension + model.rope_head_dimension) * 2.0
-        self._context_flops = 2.0 * heads * (compressed + model.kv_lora_rank)
-        self._prefill_flops = 2.0 * heads * (2.0 * model.head_dimension + model.rope_head_dimension)
-        self._decode_byte_seconds = 1.0 / (self._bandwidth * latent.memory_efficiency_ratio)
-        self._decode_extra_bytes = 0.0
-        self._decode_row_seconds = latent.seconds_per_row
-        # The fitted block holds the launches of its projections, which `_prepare_fixed` counts
-        # as one GEMM.
-        launch = self._gpu.gemm.fixed_seconds
-        self._decode_fixed = layers * (latent.fixed_seconds - launch)
-        self._prefill_fixed = layers * self._gpu.prefill_attention.fixed_seconds
-
-    def _prepare_gemms(self) -> None:
+    def _gemm_curves(self) -> list[_Curves]:
+        """The dense GEMMs of all layers, by tokens of one replica."""
         model, ranks = self._architecture, self._ranks
         hidden, layers = model.hidden_size, model.layers_count
-        kv_width = max(model.kv_heads_count // ranks, 1) * model.head_dimension
-        query_width = model.attention_heads_count * model.head_dimension // ranks
-        if model.attention == "mla":  # all projections as one block of the same weights
-            weights = model.attention_weight_count_per_layer / ranks
-            shapes = [(layers, round(weights / hidden), hidden)]
-        else:
-            shapes = [(layers, query_width + 2 * kv_width, hidden), (layers, hidden, query_width)]
+        shapes: list[tuple[int, int, int]] = []
+        if model.attention == "gqa":  # the measured block of MLA holds its projections
+            kv_width = max(model.kv_heads_count // ranks, 1) * model.head_dimension
+            query_width = model.attention_heads_count * model.head_dimension // ranks
+            shapes += [(layers, query_width + 2 * kv_width, hidden), (layers, hidden, query_width)]
         blocks = [
             (model.dense_layers_count, model.dense_intermediate_size),
             (self._moe_layers, model.shared_intermediate_size),
@@ -353,82 +322,55 @@ class Operators:
         for count, width in blocks:
             if count and width:
                 shapes += [(count, 2 * width // ranks, hidden), (count, hidden, width // ranks)]
-        if self._moe_layers:
-            shapes.append((self._moe_layers, model.experts_count, hidden))  # router
-        self._shapes = shapes
-        weight_bytes = model.attention_weight_bytes
-        self._layer_gemms = [self._gemm(*shape, weight_bytes, self._dense_peak) for shape in shapes]
-        head = (1, model.vocabulary_size // ranks, hidden)
-        self._head = self._gemm(*head, 2.0, self._gpu.compute.bf16_flops_per_second)
+        dense = "bf16" if model.attention_weight_bytes >= 2.0 else model.weight_dtype
+        curves = [self._gemm(*shape, dense) for shape in shapes]
+        if self._moe_layers:  # the router stays in bf16
+            curves.append(self._gemm(self._moe_layers, model.experts_count, hidden, "bf16"))
+        return curves
 
-    def _gemm(
-        self, count: int, columns: int, inner: int, weight_bytes: float, peak: float
-    ) -> _Gemm:
-        parameters, processors = self._gpu.gemm, self._gpu.compute.multiprocessors_count
-        stream = self._bandwidth * parameters.memory_efficiency_ratio
-        waves = [1.0]
-        for row_tiles in range(1, -(-self._tokens_limit // _TILE) + 3):
-            tiles = row_tiles * -(-columns // _TILE)
-            wave = min(8.0, math.ceil(tiles / processors) * processors / tiles)
-            waves.append(wave**parameters.wave_exponent)
-        return _Gemm(
-            count=count,
-            weight_seconds=columns * inner * weight_bytes / stream,
-            row_seconds=2.0 * (columns + inner) / stream,
-            row_compute_seconds=2.0
-            * columns
-            * inner
-            / (peak * parameters.compute_efficiency_ratio),
-            waves=tuple(waves),
+    def _gemm(self, count: int, columns: int, inner: int, dtype: str) -> _Curves:
+        gpu, rows = self._gpu, self._rows
+        parameters = gpu.gemm.get(dtype) or gpu.gemm["bf16"]
+        parts = equations.gemm(
+            parameters,
+            rows,
+            np.full_like(rows, columns),
+            np.full_like(rows, inner),
+            DTYPE_BYTES[dtype],
+            self._peak(dtype),
+            gpu.memory.bandwidth_bytes_per_second,
+            gpu.compute.multiprocessors_count,
         )
-
-    def _prepare_fixed(self) -> None:
-        """Fixed time of every iteration, whatever its size: launches and small kernels."""
-        gpu, model = self._gpu, self._architecture
-        fixed = model.layers_count * gpu.engine.layer_seconds
-        for count, _, inner in [*self._shapes, (1, 0, model.hidden_size)]:
-            per_call = gpu.gemm.fixed_seconds + inner * gpu.gemm.fixed_seconds_per_element
-            fixed += count * per_call
-        if self._moe_layers:
-            # The router's launch is among the small kernels of `layer_seconds`.
-            fixed -= self._moe_layers * gpu.gemm.fixed_seconds
-            elements = model.hidden_size + model.expert_intermediate_size * (
-                self._expert_ranks / self._ranks
-            )
-            per_layer = self._moe.fixed_seconds + elements * self._moe.fixed_seconds_per_element
-            fixed += self._moe_layers * per_layer
-        if model.weight_dtype == "fp8_block" and model.attention == "gqa":
-            fixed += model.layers_count * gpu.engine.quantization_seconds
-        self._all_reduce_bytes = 2 * model.layers_count * model.hidden_size * 2.0
-        if self._all_reduce is not None:
-            fixed += 2 * model.layers_count * self._all_reduce.fixed_seconds
-        self._fixed = fixed
+        axis = 2.0 ** np.arange(15.0)
+        measured = axis_factors(gpu.name, "gemm", (dtype,), (columns, inner), axis)
+        factors = np.interp(np.log2(np.maximum(rows, 1.0)), np.log2(axis), measured)
+        weight = small_tile_weight(gpu.power, rows)
+        parts = replace(parts, tensor_seconds=parts.tensor_seconds * weight)
+        return self._curves(parts, factors, count)
 
 
-def _check_parallelism(model: ModelArchitecture, ranks: int, expert_ranks: int) -> None:
+def check_parallelism(model: ModelArchitecture, ranks: int, expert_ranks: int) -> None:
+    """Refuse counts of GPUs that cannot share this model.
+
+    Raises:
+        InvalidInputError: Naming the count.
+    """
     if ranks < 1 or model.attention_heads_count % ranks:
         raise InvalidInputError(
             "parallelism.tensor_parallel_count",
             ranks,
             f"a divisor of the {model.attention_heads_count} attention heads of {model.name}",
         )
-    if expert_ranks < 1 or ranks % expert_ranks or model.experts_count % expert_ranks:
+    gpus = max(ranks, expert_ranks)
+    if (
+        expert_ranks < 1
+        or gpus % expert_ranks
+        or gpus % ranks
+        or model.experts_count % expert_ranks
+    ):
         raise InvalidInputError(
             "parallelism.expert_parallel_count",
             expert_ranks,
-            f"a divisor of {ranks} GPUs and of {model.experts_count} experts",
+            f"a divisor or multiple of tensor_parallel_count ({ranks}) and a divisor of "
+            f"{model.experts_count} experts",
         )
-
-
-def _by_dtype(tables: Mapping[str, MoeParameters], dtype: str, name: str) -> MoeParameters:
-    if dtype not in tables:
-        raise InvalidInputError("model.weight_dtype", dtype, f"{', '.join(tables)} in [{name}]")
-    return tables[dtype]
-
-
-def _by_ranks(tables: Mapping[str, AllReduceParameters], ranks: int) -> AllReduceParameters:
-    if str(ranks) not in tables:
-        raise InvalidInputError(
-            "parallelism.tensor_parallel_count", ranks, f"1, {', '.join(tables)} in [all_reduce]"
-        )
-    return tables[str(ranks)]

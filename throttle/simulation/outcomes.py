@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from throttle.simulation.waiting import ServedRequest
 
 _BINS_PER_FACTOR_E = 100  # bins are 1 % wide
 _LOWEST_SECONDS = 1e-4
@@ -32,6 +36,22 @@ class RequestOutcome:
     tpot_seconds: float | None
     e2e_seconds: float
     preemptions_count: int
+
+
+def outcome_of(item: ServedRequest, now_seconds: float) -> RequestOutcome:
+    """What became of a request that ends now."""
+    gaps = item.generated - 1
+    arrived = item.request.arrival_seconds
+    return RequestOutcome(
+        request_number=item.number,
+        arrival_seconds=arrived,
+        prompt_tokens=item.prompt,
+        output_tokens=item.generated,
+        ttft_seconds=item.first_token_seconds - arrived,
+        tpot_seconds=(now_seconds - item.first_token_seconds) / gaps if gaps else None,
+        e2e_seconds=now_seconds - arrived,
+        preemptions_count=item.preemptions,
+    )
 
 
 class GapHistogram:

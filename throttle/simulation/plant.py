@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from predictors.architecture import from_catalogue
 from throttle.errors import InvalidInputError
-from throttle.simulation.operators import Demand, IterationWork, Operators
-from throttle.simulation.parameters import load_plant_parameters
+from throttle.simulation.drawing import draw_parameters
+from throttle.simulation.operators import LOW_BIT, Demand, IterationWork, Operators
+from throttle.simulation.parameters import load_plant_parameters, parameters_for
 from throttle.simulation.power import ClockTerms, clock_terms, scaled_power
 
 if TYPE_CHECKING:
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
 
     from predictors.architecture import ModelArchitecture
     from throttle.simulation.parameters import PlantParameters
-
-_LOW_BIT_DTYPES = frozenset({"mxfp4", "int4", "nvfp4"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +75,17 @@ class Plant:
             model.name, model.weight_dtype, model.kv_dtype
         )
         self._operators = Operators(parameters, self.architecture)
-        gpu = parameters.gpu
-        self.clocks_mhz: tuple[int, ...] = gpu.clocks.clocks_mhz()
+        self.clocks_mhz: tuple[int, ...] = parameters.gpu.clocks.clocks_mhz()
+        self._prepare_clocks()
+
+    def _prepare_clocks(self) -> None:
+        """Everything that follows from the parameters and not from the operators."""
+        parameters, gpu = self.parameters, self.parameters.gpu
         self._limit = gpu.power.limit_watts
         self._static = gpu.power.static_watts
         self._bandwidth = gpu.memory.bandwidth_bytes_per_second
         self._idle_gap = 1.0 - gpu.power.gap_activity_ratio
-        low_bit = self.architecture.weight_dtype in _LOW_BIT_DTYPES
+        low_bit = self.architecture.weight_dtype in LOW_BIT
         busy_ratio = gpu.power.dequantization_ratio if low_bit else 1.0
         sensitivity = parameters.behavior.fixed_clock_sensitivity_ratio
         exponents = self._operators.exponents
@@ -99,7 +103,10 @@ class Plant:
         """The same plant on another chip: its power differs by a drawn factor."""
         spread = self.parameters.behavior.chip_power_spread_ratio
         ratio = 1.0 + max(-2.0, min(2.0, generator.gauss(0.0, 1.0))) * spread
-        return Plant(replace(self.parameters, gpu=scaled_power(self.parameters.gpu, ratio)))
+        chip = copy.copy(self)  # the operators, which are costly to prepare, are shared
+        chip.parameters = replace(self.parameters, gpu=scaled_power(self.parameters.gpu, ratio))
+        chip._prepare_clocks()  # noqa: SLF001 - of the same class
+        return chip
 
     @property
     def maximum_clock_mhz(self) -> int:
@@ -109,11 +116,11 @@ class Plant:
     @property
     def gpus_count(self) -> int:
         """GPUs of one engine; each draws the same power."""
-        return self.parameters.parallelism.tensor_parallel_count
+        return self.parameters.parallelism.gpus_count
 
     @property
     def kv_blocks_count(self) -> int:
-        """KV blocks that fit beside the weights.
+        """KV blocks that fit beside the weights, over all replicas of the attention.
 
         Raises:
             InvalidInputError: The weights leave no room.
@@ -126,7 +133,7 @@ class Plant:
             raise InvalidInputError(
                 "model.name", self.architecture.name, f"a model whose weights fit {usable:.3g} B"
             )
-        return blocks
+        return blocks * self._operators.replicas_count
 
     def snap_mhz(self, clock_mhz: int) -> int:
         """The highest supported clock that does not exceed this one, or the lowest there is."""
@@ -234,3 +241,52 @@ class Plant:
         return Shares(
             compute / latency, memory / latency, fixed / latency, demand.communication / latency
         )
+
+
+def plant_for(  # noqa: PLR0917 - each is one thing that a user names
+    gpu: str,
+    model: str,
+    weight_dtype: str = "",
+    kv_dtype: str = "",
+    tensor_parallel_count: int = 1,
+    expert_parallel_count: int = 1,
+    overrides: Mapping[str, object] | None = None,
+) -> Plant:
+    """A plant of any GPU and model, without a file of its own.
+
+    Args:
+        gpu: One of `throttle.simulation.parameters.gpu_names()`.
+        model: One of `predictors.architecture.catalogue()`.
+        weight_dtype: bf16, fp8, fp8_block or mxfp4; empty means the published format.
+        kv_dtype: Format of the KV cache; empty means bf16.
+        tensor_parallel_count: GPUs that share each attention layer.
+        expert_parallel_count: GPUs over which experts are spread.
+        overrides: Dotted keys and their values, as for `load_plant_parameters`.
+
+    Raises:
+        NotFoundError: There is no such GPU.
+        InvalidInputError: The GPU has no figures for the format or the parallelism.
+        ArchitectureError: The catalogue does not know the model or the format.
+    """
+    return Plant(
+        parameters_for(
+            gpu,
+            model,
+            weight_dtype,
+            kv_dtype,
+            tensor_parallel_count,
+            expert_parallel_count,
+            overrides,
+        )
+    )
+
+
+def draw_plant(name: str, seed: int, overrides: Mapping[str, object] | None = None) -> Plant:
+    """A randomized plant around a shipped one or one from a `.toml` file.
+
+    Args:
+        name: As for `load_plant_parameters`.
+        seed: The same seed draws the same plant.
+        overrides: Applied before the draw; a drawn figure replaces an overridden one.
+    """
+    return Plant(draw_parameters(load_plant_parameters(name, overrides), seed))

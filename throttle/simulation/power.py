@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from throttle.simulation.equations import Numbers
     from throttle.simulation.parameters import GpuParameters, IdleParameters, PowerParameters
 
 
@@ -33,6 +34,11 @@ def bandwidth_ratio(clock_ratio: float, knee_ratio: float, sharpness: float) -> 
     at_full = 1.0 + knee_ratio**-sharpness
     here = 1.0 + (knee_ratio * clock_ratio) ** -sharpness
     return float((at_full / here) ** (1.0 / sharpness))
+
+
+def small_tile_weight(power: PowerParameters, rows: Numbers) -> Numbers:
+    """Tensor power per FLOP of a dense GEMM over that of one with many rows."""
+    return 1.0 + (power.small_tile_ratio - 1.0) / (1.0 + rows / power.small_tile_rows)
 
 
 def idle_power_watts(idle: IdleParameters, power: PowerParameters, clock_ratio: float) -> float:

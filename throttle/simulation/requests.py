@@ -20,6 +20,8 @@ class Request:
         output_tokens: Tokens that it will generate, 1 or more; the engine does not tell them.
         max_output_tokens: Limit that the client set, which the engine tells.
         slos: Its own limits.
+        cached_tokens: Prompt tokens that are in the prefix cache when it arrives; None leaves it to
+            the engine's hit ratio.
         length_class: Class that its length is learned with.
     """
 
@@ -30,3 +32,4 @@ class Request:
     max_output_tokens: int | None = None
     slos: Slos = _NO_SLOS
     length_class: str = ""
+    cached_tokens: int | None = None

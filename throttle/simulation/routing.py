@@ -67,19 +67,16 @@ def routing_table(
         probabilities[placement].reshape(ranks_count, -1).sum(axis=1).max()
         for placement in placements
     ]
-    unselected = np.ones(experts_count)
-    active, fullest = [0.0], [0.0]
-    for _ in range(tokens_limit):
-        unselected *= 1.0 - probabilities
-        selected = 1.0 - unselected
-        active.append(float(selected.sum()))
-        if ranks_count > 1:
-            most = [
-                selected[placement].reshape(ranks_count, -1).sum(axis=1).max()
-                for placement in placements
-            ]
-            fullest.append(float(np.mean(most)))
-        else:
-            fullest.append(active[-1])
+    tokens = np.arange(tokens_limit + 1, dtype=np.float64)[:, None]
+    selected = 1.0 - (1.0 - probabilities) ** tokens
+    active = selected.sum(axis=1)
+    fullest = active
+    if ranks_count > 1:
+        most = [
+            selected[:, placement].reshape(len(tokens), ranks_count, -1).sum(axis=2).max(axis=1)
+            for placement in placements
+        ]
+        fullest = np.mean(most, axis=0)
     mean_load = experts_per_token / ranks_count
-    return RoutingTable(tuple(active), tuple(fullest), float(np.mean(loads)) / mean_load)
+    ratio = float(np.mean(loads)) / mean_load
+    return RoutingTable(tuple(active.tolist()), tuple(fullest.tolist()), ratio)

@@ -6,131 +6,30 @@ requests first come, first served, as long as token budget, running limit and KV
 running request that finds no KV block takes those of the last admitted one, which waits again at
 the head of the queue and is computed anew. A request gets its first token at the end of the step
 that completes its prompt.
+
+With speculative decoding a generating request feeds its drafts too, as far as token budget and KV
+cache go, and gains those that are accepted; blocks taken for rejected drafts stay its own.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from throttle.control.state import QueuedRequests
+from throttle.simulation.waiting import Moments, WaitingQueue
 
 if TYPE_CHECKING:
     from throttle.simulation.parameters import EngineParameters
-    from throttle.simulation.requests import Request
-
-_NO_QUEUE = QueuedRequests()
-
-
-@dataclass(slots=True, eq=False)
-class ServedRequest:
-    """A request inside the engine.
-
-    Attributes:
-        request: What arrived.
-        number: Its number.
-        prompt: Its prompt tokens.
-        output: Output tokens at which it ends.
-        computed: Tokens in KV.
-        generated: Output tokens so far.
-        blocks: KV blocks that it holds.
-        decoding: Whether each step gives it one token.
-        first_token_seconds: When it got its first token.
-        last_token_seconds: When it got its last token before it was preempted.
-        preemptions: Times that it lost its KV.
-    """
-
-    request: Request
-    number: int
-    prompt: int
-    output: int
-    computed: int = 0
-    generated: int = 0
-    blocks: int = 0
-    decoding: bool = False
-    first_token_seconds: float = 0.0
-    last_token_seconds: float = 0.0
-    preemptions: int = 0
-
-
-class Moments:
-    """Exact count, sum and sum of squares of whole numbers."""
-
-    __slots__ = ("count", "squares", "total")
-
-    def __init__(self) -> None:
-        self.count = self.total = self.squares = 0
-
-    def add(self, value: int, sign: int = 1) -> None:
-        """Take a value in, or with sign -1 out again."""
-        self.count += sign
-        self.total += sign * value
-        self.squares += sign * value * value
-
-    def variance(self) -> float:
-        """Population variance; 0 without values, never negative."""
-        if not self.count:
-            return 0.0
-        return (self.squares * self.count - self.total * self.total) / (self.count * self.count)
-
-
-class WaitingQueue:
-    """First come, first served, with the sums that the engine reports kept up to date."""
-
-    def __init__(self) -> None:
-        self._items: deque[ServedRequest] = deque()
-        self._fresh = Moments()
-        self._preempted = Moments()
-
-    def __len__(self) -> int:
-        """Requests that wait."""
-        return len(self._items)
-
-    def head(self) -> ServedRequest:
-        """The next to be admitted."""
-        return self._items[0]
-
-    def append(self, item: ServedRequest) -> None:
-        """Queue a request that has arrived."""
-        self._items.append(item)
-        self._count(item, 1)
-
-    def put_first(self, item: ServedRequest) -> None:
-        """Queue a preempted request before all others."""
-        self._items.appendleft(item)
-        self._count(item, 1)
-
-    def pop(self) -> ServedRequest:
-        """Take the head out."""
-        item = self._items.popleft()
-        self._count(item, -1)
-        return item
-
-    def state(self) -> QueuedRequests:
-        """What the engine says of it; preempted requests count as waiting to decode."""
-        if not self._items:
-            return _NO_QUEUE
-        fresh, preempted = self._fresh, self._preempted
-        return QueuedRequests(
-            num_prefill_requests=fresh.count,
-            sum_prefill_tokens=fresh.total,
-            var_prefill_length=fresh.variance(),
-            num_decode_requests=preempted.count,
-            sum_decode_kv_tokens=preempted.total,
-            var_decode_kv_tokens=preempted.variance(),
-        )
-
-    def _count(self, item: ServedRequest, sign: int) -> None:
-        moments = self._preempted if item.generated else self._fresh
-        moments.add(item.prompt + item.generated, sign)
+    from throttle.simulation.speculation import Speculation
+    from throttle.simulation.waiting import ServedRequest
 
 
 class Step:
     """What one step computes.
 
     Attributes:
-        decoders: Requests that get one more token.
+        decoders: Requests that generate.
+        draft_tokens: Tokens drafted for them.
+        accepted_tokens: Drafts that became output; each of them gets one token besides.
         contexts: Their tokens in KV before the step.
         prefills: Requests whose prompt is being computed.
         chunks: For each of them: tokens computed now, tokens in KV before.
@@ -138,10 +37,21 @@ class Step:
         preempted: Requests that lost their KV while the step was scheduled.
     """
 
-    __slots__ = ("chunks", "contexts", "decoders", "preempted", "prefills", "prompts")
+    __slots__ = (
+        "accepted_tokens",
+        "chunks",
+        "contexts",
+        "decoders",
+        "draft_tokens",
+        "preempted",
+        "prefills",
+        "prompts",
+    )
 
     def __init__(self) -> None:
         self.decoders: list[ServedRequest] = []
+        self.draft_tokens = 0
+        self.accepted_tokens = 0
         self.contexts = Moments()
         self.prefills: list[ServedRequest] = []
         self.chunks: list[tuple[int, int]] = []
@@ -155,13 +65,20 @@ class Scheduler:
     Args:
         limits: Limits of the engine.
         kv_blocks_count: KV blocks that there are.
+        speculation: How drafts fare; None without speculative decoding.
     """
 
-    def __init__(self, limits: EngineParameters, kv_blocks_count: int) -> None:
+    def __init__(
+        self,
+        limits: EngineParameters,
+        kv_blocks_count: int,
+        speculation: Speculation | None = None,
+    ) -> None:
         self._running_limit = limits.running_requests_limit
         self._tokens_limit = limits.batched_tokens_limit
         self._block_tokens = limits.kv_block_tokens
-        self.kv_blocks_count = kv_blocks_count
+        self._speculation = speculation
+        self._kv_tokens_limit = kv_blocks_count * limits.kv_block_tokens
         self.free_blocks_count = kv_blocks_count
         self.running: list[ServedRequest] = []
         self.waiting = WaitingQueue()
@@ -175,6 +92,7 @@ class Scheduler:
         """Choose the next step's work, and account for it as if it were done."""
         step = Step()
         running, block_tokens = self.running, self._block_tokens
+        speculation = self._speculation
         budget = self._tokens_limit
         decoders = step.decoders
         total = squares = 0
@@ -183,13 +101,20 @@ class Scheduler:
             item = running[index]
             computed = item.computed
             if item.decoding:
-                if computed % block_tokens == 0 and not self._grow(item, 1, step):
-                    break  # it was the last one and lost its own blocks
-                budget -= 1
+                if speculation is None:
+                    if computed % block_tokens == 0 and not self._grow(item, 1, step):
+                        break  # it was the last one and lost its own blocks
+                    fed = gained = 1
+                else:
+                    fed = 1 + self._drafts_count(item, budget)
+                    if not self._grow(item, self._missing_blocks(item, fed), step):
+                        break
+                    gained = 1 + self._accept(item, fed - 1, step)
+                budget -= fed
                 total += computed
                 squares += computed * computed
-                item.computed = computed + 1
-                item.generated += 1
+                item.computed = computed + gained
+                item.generated += gained
                 decoders.append(item)
             else:
                 tokens = min(item.prompt + item.generated - computed, budget)
@@ -217,7 +142,7 @@ class Scheduler:
         waiting = self.waiting
         while waiting and budget and len(self.running) < self._running_limit:
             item = waiting.head()
-            tokens = min(item.prompt + item.generated, budget)
+            tokens = min(item.prompt + item.generated - item.computed, budget)
             missing = self._missing_blocks(item, tokens)
             if missing > self.free_blocks_count:
                 break
@@ -234,8 +159,24 @@ class Scheduler:
         step.prompts.add(item.prompt)
         item.computed += tokens
 
+    def _drafts_count(self, item: ServedRequest, budget: int) -> int:
+        """Drafts that a request feeds: what is configured, the budget and the KV cache allow."""
+        assert self._speculation is not None  # noqa: S101 - asked only then
+        room = self._kv_tokens_limit - item.computed
+        return min(self._speculation.draft_tokens_count, budget - 1, room - 1)
+
+    def _accept(self, item: ServedRequest, drafts: int, step: Step) -> int:
+        """Drafts that a request keeps: those accepted, up to the end of its output."""
+        assert self._speculation is not None  # noqa: S101 - asked only then
+        left = item.output - item.generated - 1
+        kept = min(self._speculation.accepted(drafts), left)
+        step.draft_tokens += drafts
+        step.accepted_tokens += kept
+        return kept
+
     def _missing_blocks(self, item: ServedRequest, tokens: int) -> int:
-        return -(-(item.computed + tokens) // self._block_tokens) - item.blocks
+        needed = -(-(item.computed + tokens) // self._block_tokens)
+        return max(needed - item.blocks, 0)
 
     def _grow(self, item: ServedRequest, blocks: int, step: Step) -> bool:
         """Give a running request more blocks, from the last admitted ones if need be.

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from typing import TextIO
 
+    from throttle.simulation.outcomes import RequestOutcome
+
 _TRACES = Path(__file__).parent / "traces"
 _COLUMNS = ("arrival_seconds", "prompt_tokens", "output_tokens")
 
@@ -89,8 +91,8 @@ def load_trace(name: str) -> Trace:
     """A shipped trace by name, or a `.csv` or `.csv.gz` file.
 
     The file has the columns arrival_seconds, prompt_tokens and output_tokens, in any order, and
-    optionally client_id, which becomes the requests' length class; other columns are ignored. Rows
-    are ordered by arrival.
+    optionally client_id, which becomes the requests' length class, and cached_tokens, the prompt
+    tokens found in the prefix cache; other columns are ignored. Rows are ordered by arrival.
 
     Raises:
         NotFoundError: There is no such trace.
@@ -123,12 +125,14 @@ def _requests(name: str, file: TextIO) -> Iterable[Request]:
                 f"{where}: arrival_seconds", arrival, f"{last:g} or later: rows ordered by arrival"
             )
         last = arrival
+        cached = row.get("cached_tokens") or None
         yield Request(
             request_number=number,
             arrival_seconds=arrival,
             prompt_tokens=_tokens(row["prompt_tokens"], f"{where}: prompt_tokens"),
             output_tokens=_tokens(row["output_tokens"], f"{where}: output_tokens"),
             length_class=row.get("client_id") or "",
+            cached_tokens=cached and _tokens(cached, f"{where}: cached_tokens", lowest=0),
         )
     if last == 0.0 and reader.line_num < 2:
         raise InvalidInputError(f"{name}: rows", 0, "at least one request")
@@ -144,14 +148,38 @@ def _number(text: str | None, name: str) -> float:
     return value
 
 
-def _tokens(text: str | None, name: str) -> int:
+def _tokens(text: str | None, name: str, lowest: int = 1) -> int:
     try:
         value = float(text or "")
     except ValueError:
         value = math.nan
-    if not 1 <= value < 2**31 or value != int(value):
-        raise InvalidInputError(name, text, "a whole number, 1 or above")
+    if not lowest <= value < 2**31 or value != int(value):
+        raise InvalidInputError(name, text, f"a whole number, {lowest} or above")
     return int(value)
+
+
+def handed_over(
+    requests: Iterable[Request], outcomes: Iterable[RequestOutcome], transfer_seconds: float
+) -> list[Request]:
+    """The requests of a decode engine that stands behind a prefill engine.
+
+    Args:
+        requests: What the prefill engine was given.
+        outcomes: What became of them there.
+        transfer_seconds: From the first token until the KV is where it is decoded.
+
+    Returns:
+        Requests in order of arrival, with their own numbers and lengths.
+    """
+    by_number = {item.request_number: item for item in requests}
+    arrivals = [
+        replace(
+            by_number[item.request_number],
+            arrival_seconds=item.arrival_seconds + item.e2e_seconds + transfer_seconds,
+        )
+        for item in outcomes
+    ]
+    return sorted(arrivals, key=lambda item: (item.arrival_seconds, item.request_number))
 
 
 class OpenLoop:

@@ -24,6 +24,8 @@ COMMANDS: Final = {
     "demo": "play a real trace on a simulated GPU, at maximum clock and throttled",
     "profile": "drive clocks over an exploration plan and record iterations",
     "plant": "what one iteration costs on the simulated GPU",
+    "compare": "compare clock policies on a simulated GPU",
+    "replay": "run the controller again over a recorded stream",
 }
 
 

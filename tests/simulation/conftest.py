@@ -8,7 +8,8 @@ from throttle.simulation.engine import Fidelity, SimulatedEngine
 from throttle.simulation.experiment import play
 from throttle.simulation.gpu import DiscardedTelemetry, InProcessLock, SimulatedGpu
 from throttle.simulation.plant import Plant
-from throttle.simulation.policies import MaximumClock, locking
+from throttle.simulation.policies.policy import locking
+from throttle.simulation.policies.static import MaximumClock
 from throttle.simulation.workload import OpenLoop
 
 PLANT = "h200-qwen3-30b-a3b"

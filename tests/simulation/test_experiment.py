@@ -8,7 +8,7 @@ import pytest
 from throttle.errors import InvalidInputError
 from throttle.simulation.experiment import on_common_horizon
 from throttle.simulation.outcomes import GapHistogram, RequestOutcome
-from throttle.simulation.policies import FixedClock, MaximumClock
+from throttle.simulation.policies.static import FixedClock, MaximumClock
 from throttle.simulation.requests import Request
 from throttle.simulation.workload import load_trace
 

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from throttle.simulation.experiment import on_common_horizon
-from throttle.simulation.policies import FixedClock, MaximumClock
+from throttle.simulation.policies.static import FixedClock, MaximumClock
 from throttle.simulation.report import page, write_report
 from throttle.simulation.workload import load_trace
 

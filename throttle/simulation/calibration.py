@@ -22,8 +22,8 @@ from throttle.simulation.operator_tables import (
     krige,
     row_features,
 )
-from throttle.simulation.parameters import GpuParameters, gpu_table
 from throttle.simulation.parameter_files import from_table
+from throttle.simulation.parameters import GpuParameters, gpu_table
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -211,6 +211,8 @@ def play(
     decide: Callable[[IterationState], None],
     progress: Callable[[float], None] | None = None,
     until_seconds: float = 0.0,
+    *,
+    rest_seconds: float = 0.0,
 ) -> RunResult:
     """Serve every request, with a controller between the iterations.
 
@@ -220,6 +222,8 @@ def play(
         decide: Called with each state; returns when the decision is made. It may set the lock.
         progress: Called with the simulated time about each half second of it.
         until_seconds: Go on idling, with heartbeats, until this time at least.
+        rest_seconds: Go on idling for so long after the last request at least, so that a policy
+            that parks idle GPUs has done so when the horizon is extended.
 
     Returns:
         The run, with the horizon at its end.
@@ -227,8 +231,9 @@ def play(
     sampler = _Sampler(gpu, engine)
     reported = 0.0
     finished = 0.0
-    for phase in (engine.run(), engine.rest(until_seconds)):
-        for state in phase:
+    for resting in (False, True):
+        idle_until = max(until_seconds, finished + rest_seconds)
+        for state in engine.rest(idle_until) if resting else engine.run():
             decide(state)
             sampler.observe()
             if progress is not None and state.engine_time_seconds - reported >= _SAMPLE_SECONDS:

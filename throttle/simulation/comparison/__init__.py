@@ -1,0 +1,1 @@
+"""Policies side by side on one plant: loads, runs, hindsight searches, figures and their page."""

@@ -1,0 +1,32 @@
+"""Our own controller as a policy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from throttle.control.controller import Controller
+
+if TYPE_CHECKING:
+    from throttle.control.settings import ControlSettings
+    from throttle.control.state import IterationState
+    from throttle.simulation.policies.policy import PolicyInputs
+
+
+class Throttle:
+    """`throttle.control`'s controller in process, as the daemon runs it.
+
+    Args:
+        inputs: What it may know.
+        settings: What the operator tunes.
+    """
+
+    name = "throttle"
+
+    def __init__(self, inputs: PolicyInputs, settings: ControlSettings) -> None:
+        self._readings = inputs.readings
+        self._controller = Controller(inputs.profile, inputs.predictor, settings)
+
+    def clock_mhz(self, state: IterationState) -> int:
+        """Observe, then decide."""
+        self._controller.observe(state, self._readings.clock_mhz)
+        return self._controller.decide(state).target_clock_mhz

@@ -15,7 +15,11 @@ HEAD = "arrival_seconds,prompt_tokens,output_tokens\n"
 
 def test_the_shipped_trace_holds_ten_real_minutes():
     trace = load_trace("azure2023_conv_10min")
-    assert trace_names() == ("azure2023_conv_10min",)
+    assert trace_names() == (
+        "azure2023_conv_10min",
+        "servegen_mlarge_10min",
+        "servegen_r1_10min",
+    )
     assert len(trace.requests) == 2867
     assert 599 < trace.duration_seconds < 600
     assert [item.request_number for item in trace.requests] == list(range(1, 2868))

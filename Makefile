@@ -4,7 +4,7 @@ BIN := .venv/bin
 SHELL := /bin/bash
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-slow lint types check format proto proto-environment lock models clean
+.PHONY: help demo test test-slow lint types check format proto proto-environment lock models results clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -58,10 +58,22 @@ proto: .stamp-proto  ## write the stubs in throttle/v1 from proto/
 lock:  ## resolve and hash the dependencies anew (needs uv)
 	scripts/lock.sh --upgrade
 
-models: .stamp-run  ## profile the simulated GPU and train the shipped bundle from it
-	rm -rf out/profile
-	$(BIN)/throttle profile --gpu simulated --plant h200-qwen3-30b-a3b --out out/profile
-	$(BIN)/throttle-predictors train --data out/profile --out models
+PLANTS := h200-qwen3-30b-a3b h100-qwen3-30b-a3b h200-gpt-oss-120b h200-deepseek-v3-ep8 \
+  h100-mixtral-8x7b-tp2 h100-qwen3-235b-a22b-ep8 a100-mixtral-8x7b-tp4 b200-qwen3-235b-a22b-ep4 \
+  h100-llama-3.1-8b
+
+models: $(PLANTS:%=model-%) model-generic  ## profile the simulated GPUs and train every shipped bundle
+
+model-generic: .stamp-run
+	$(BIN)/python scripts/record_generic.py --out out/generic --minutes 3 --draws 0
+	$(BIN)/throttle-predictors train --generic --data out/generic --out models
+
+model-%: .stamp-run
+	$(BIN)/throttle profile --plant $* --minutes 20 --out out/profiles/$*
+	$(BIN)/throttle-predictors train --data out/profiles/$* --out models
+
+results: .stamp-run  ## play what is missing of docs/results.md and write its tables (long; resumable)
+	$(BIN)/python scripts/results.py --bundles models
 
 clean:  ## remove what make made
 	rm -rf .venv .venv-proto .stamp-* out .mypy_cache .ruff_cache .hypothesis build dist

@@ -5,25 +5,50 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from predictors import analytic
+from predictors.active_experts import Routing
 from predictors.architecture import ModelArchitecture
 from predictors.calibration import PHASES, Calibration
 from predictors.errors import BundleError, PredictorsError
 from predictors.features import ENVELOPE_FEATURES, FEATURES, FeatureSpace, Parallelism
+from predictors.generic import GENERIC_FEATURES, GenericSpace
+from predictors.power_base import ROOFLINE_WORK, PowerBase, power_coefficients
+from predictors.table import (
+    TABLE_COEFFICIENTS,
+    TABLE_FEATURES,
+    TABLE_TERMS,
+    TABLE_WORK,
+    TableBase,
+    TableSpace,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from predictors.features import Space
+
 #: Version of the directory's layout and of what the features mean.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+#: What a bundle is about -> the features of its trees. "model": one model, spread in one way, on
+#: one kind of GPU. "generic": any model on any known GPU, once it is bound to them. "table": the
+#: points of another tool's table.
+KINDS: dict[str, dict[str, str]] = {
+    "model": FEATURES,
+    "generic": GENERIC_FEATURES,
+    "table": TABLE_FEATURES,
+}
+
+#: Directory of the generic bundle.
+GENERIC_NAME = "generic-moe"
 
 MANIFEST_FILE = "manifest.json"
 LATENCY_FILE = "latency.ubj"
@@ -37,17 +62,24 @@ class Manifest:
     """Everything about a bundle but its trees.
 
     Attributes:
-        gpu: Name of the GPU, a key of `predictors.analytic.GPUS`.
-        architecture: Dimensions of the model.
-        parallelism: How the model is spread.
-        clocks_mhz: Candidate clocks, rising.
-        base_coefficients: Of `predictors.analytic.FittedBase`.
-        reference_watts: Power that the power model's output is relative to.
+        kind: One of `KINDS`.
+        name: Directory name of the bundle.
+        gpu: Name of the GPU, a key of `predictors.analytic.GPUS`; of a table, as the table has it;
+            of an unbound generic bundle, empty.
+        maximum_clock_mhz: Clock that clock ratios refer to; 0 of an unbound generic bundle.
+        architecture: Dimensions of the model; None where nobody said.
+        parallelism: How the model is spread; None likewise.
+        routing: How tokens spread over experts.
+        clocks_mhz: Candidate clocks, rising; empty of an unbound generic bundle.
+        base_coefficients: Of the latency base.
+        power_coefficients: Of the power base.
+        by_gpu: Of a generic bundle, GPU -> both coefficients fitted to it; they replace those above
+            when the bundle is bound to that GPU.
         power_limit_watts: Power limit of one GPU; predictions stay below it.
         calibration: Margins of the latency bound.
         idle_clocks_mhz: Clocks at which idle power is known, rising.
         idle_watts: Idle power of one GPU there.
-        idle_source: "measured" (in the records' sense) or "nominal".
+        idle_source: "recorded", "nominal", ...
         envelope: Load feature -> lowest and highest value in training.
         envelope_margin_ratio: Share of that range by which a shape may lie outside.
         provenance: "measured" or "simulated".
@@ -58,12 +90,17 @@ class Manifest:
         library_versions: Versions of what trained it.
     """
 
+    kind: str
+    name: str
     gpu: str
-    architecture: ModelArchitecture
-    parallelism: Parallelism
+    maximum_clock_mhz: float
+    architecture: ModelArchitecture | None
+    parallelism: Parallelism | None
+    routing: Routing
     clocks_mhz: tuple[int, ...]
     base_coefficients: Mapping[str, float]
-    reference_watts: float
+    power_coefficients: Mapping[str, float]
+    by_gpu: Mapping[str, Mapping[str, Mapping[str, float]]]
     power_limit_watts: float
     calibration: Calibration
     idle_clocks_mhz: tuple[float, ...]
@@ -79,9 +116,9 @@ class Manifest:
     library_versions: Mapping[str, str]
 
     @property
-    def name(self) -> str:
-        """Directory name of the bundle."""
-        return bundle_name(self.gpu, self.architecture.name, self.parallelism)
+    def active_experts_source(self) -> str:
+        """What the count of active experts rests on: uniform, reported or residuals; or none."""
+        return self.routing.source if self.kind != "table" else "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,20 +135,95 @@ class Bundle:
     latency_model: bytes
     power_model: bytes
 
-    def feature_space(self) -> FeatureSpace:
-        """What turns shapes into the models' features."""
+    @property
+    def features(self) -> dict[str, str]:
+        """Feature name -> unit, in the order of the models' columns."""
+        return KINDS[self.manifest.kind]
+
+    def space(self, active_experts_ratio: float = 1.0) -> Space:
+        """What turns shapes into the models' features.
+
+        Args:
+            active_experts_ratio: Active experts over those of the routing's formula.
+
+        Raises:
+            BundleError: If the bundle is generic and not bound to a model.
+        """
         manifest = self.manifest
-        gpu = analytic.gpu_by_name(manifest.gpu)
-        return FeatureSpace(manifest.architecture, manifest.parallelism, gpu)
+        if manifest.kind == "table":
+            return TableSpace()
+        if manifest.architecture is None or manifest.parallelism is None:
+            raise BundleError(
+                f"bundle {manifest.name} is for any model; bind it to one first (`Bundle.bound`)"
+            )
+        space = GenericSpace if manifest.kind == "generic" else FeatureSpace
+        return space(
+            manifest.architecture,
+            manifest.parallelism,
+            analytic.gpu_by_name(manifest.gpu),
+            manifest.routing,
+            active_experts_ratio,
+        )
 
     def clock_ratios(self) -> NDArray[np.float64]:
         """Candidate clocks over the maximum clock, (C,)."""
-        maximum = analytic.gpu_by_name(self.manifest.gpu).maximum_clock_mhz
-        return np.array(self.manifest.clocks_mhz, dtype=np.float64) / maximum
+        clocks = np.array(self.manifest.clocks_mhz, dtype=np.float64)
+        return clocks / self.manifest.maximum_clock_mhz
 
-    def base(self) -> analytic.FittedBase:
+    def base(self) -> analytic.LatencyBase:
         """The base that the latency model corrects."""
-        return analytic.FittedBase(self.manifest.base_coefficients)
+        base = TableBase if self.manifest.kind == "table" else analytic.FittedBase
+        return base(self.manifest.base_coefficients)
+
+    def power_base(self) -> PowerBase:
+        """The base that the power model corrects."""
+        if self.manifest.kind == "table":
+            return PowerBase(self.manifest.power_coefficients, TABLE_WORK, TABLE_TERMS)
+        return PowerBase(self.manifest.power_coefficients)
+
+    def bound(
+        self,
+        gpu: str,
+        architecture: ModelArchitecture,
+        parallelism: Parallelism,
+        clocks_mhz: Sequence[int],
+    ) -> Bundle:
+        """A generic bundle for one model on one kind of GPU; other bundles as they are.
+
+        Args:
+            gpu: Our name of the GPU or the driver's.
+            architecture: Dimensions of the model.
+            parallelism: How it is spread.
+            clocks_mhz: Candidate clocks, rising.
+
+        Raises:
+            PredictorsError: If the GPU is not known.
+        """
+        if self.manifest.kind != "generic":
+            return self
+        nominal = analytic.gpu_by_name(gpu)
+        common = {
+            "base": self.manifest.base_coefficients,
+            "power": self.manifest.power_coefficients,
+        }
+        own = self.manifest.by_gpu.get(nominal.name, common)
+        manifest = replace(
+            self.manifest,
+            gpu=nominal.name,
+            maximum_clock_mhz=float(nominal.maximum_clock_mhz),
+            architecture=architecture,
+            parallelism=parallelism,
+            clocks_mhz=tuple(clocks_mhz),
+            base_coefficients=own["base"],
+            power_coefficients={
+                name: value * nominal.power_limit_watts for name, value in own["power"].items()
+            },
+            power_limit_watts=nominal.power_limit_watts,
+            idle_clocks_mhz=(float(nominal.minimum_clock_mhz), float(nominal.maximum_clock_mhz)),
+            idle_watts=(nominal.parked_power_watts, nominal.idle_power_watts),
+            idle_source="nominal",
+        )
+        return replace(self, manifest=manifest)
 
     def idle_power_watts(self) -> NDArray[np.float64]:
         """Idle power at the candidate clocks, (C,); flat beyond the known clocks."""
@@ -132,7 +244,7 @@ def find_bundle(
     tensor_parallel_count: int = 1,
     expert_parallel_count: int = 1,
 ) -> Path:
-    """Find the bundle for an engine.
+    """Find the bundle for an engine: its own, or the generic one, whose name tells.
 
     Args:
         directory: Holds bundles, each in its directory.
@@ -146,8 +258,10 @@ def find_bundle(
     """
     parallelism = Parallelism(tensor_parallel_count, expert_parallel_count)
     path = Path(directory) / bundle_name(analytic.gpu_by_name(gpu).name, model_name, parallelism)
-    if (path / MANIFEST_FILE).is_file():
-        return path
+    generic = Path(directory) / GENERIC_NAME
+    for candidate in (path, generic):
+        if (candidate / MANIFEST_FILE).is_file():
+            return candidate
     present = sorted(inside.parent.name for inside in Path(directory).glob(f"*/{MANIFEST_FILE}"))
     raise BundleError(
         f"no bundle {path.name} in {directory}; there: {', '.join(present) or 'none'}. "
@@ -170,13 +284,13 @@ def write_bundle(
         (path / name).write_bytes(content)
     document = {
         "format_version": FORMAT_VERSION,
-        "features": list(FEATURES),
-        "units": dict(FEATURES),
+        "features": list(KINDS[manifest.kind]),
+        "units": KINDS[manifest.kind],
         "targets": {
             "latency": "log(seconds / base seconds)",
-            "power": "log(watts / reference_watts)",
+            "power": "log(watts / base watts)",
         },
-        "roofline": _roofline(manifest.gpu),
+        "roofline": _roofline(manifest),
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
         **asdict(manifest),
     }
@@ -201,14 +315,19 @@ def load_bundle(directory: Path) -> Bundle:
     except (OSError, ValueError) as error:
         raise BundleError(f"bundle {path} cannot be read: {error}") from None
     _check(path, "format_version", document.get("format_version"), FORMAT_VERSION)
-    _check(path, "features", document.get("features"), list(FEATURES))
-    _check(path, "units", document.get("units"), FEATURES)
+    features = KINDS.get(document.get("kind"))
+    if features is None:
+        raise BundleError(
+            f"bundle {path}: kind is {document.get('kind')!r}; allowed: {', '.join(KINDS)}"
+        )
+    _check(path, "features", document.get("features"), list(features))
+    _check(path, "units", document.get("units"), features)
     for name, content in contents.items():
         actual = hashlib.sha256(content).hexdigest()
         _check(path, f"sha256 of {name}", actual, document.get("sha256", {}).get(name))
     try:
         manifest = _manifest(document)
-        _check(path, "roofline", document.get("roofline"), _roofline(manifest.gpu))
+        _check(path, "roofline", document.get("roofline"), _roofline(manifest))
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"manifest of bundle {path} is damaged: {error!r}") from None
     except BundleError:
@@ -216,20 +335,44 @@ def load_bundle(directory: Path) -> Bundle:
     except PredictorsError as error:
         raise BundleError(f"bundle {path}: {error}") from None
     clocks = manifest.clocks_mhz
-    if not clocks or any(low >= high for low, high in itertools.pairwise(clocks)):
+    if (not clocks and manifest.kind != "generic") or any(
+        low >= high for low, high in itertools.pairwise(clocks)
+    ):
         raise BundleError(f"bundle {path}: clocks_mhz is {clocks}; allowed: rising clocks")
     return Bundle(manifest, contents[LATENCY_FILE], contents[POWER_FILE])
 
 
-def _roofline(gpu: str) -> dict[str, Any]:
+def resolve_bundle(directory: Path) -> Path:
+    """The bundle's own directory: this one, or the only one below it.
+
+    Raises:
+        BundleError: If there is none, or several.
+    """
+    path = Path(directory)
+    if (path / MANIFEST_FILE).is_file():
+        return path
+    inside = sorted(manifest.parent for manifest in path.glob(f"*/{MANIFEST_FILE}"))
+    if len(inside) != 1:
+        names = ", ".join(found.name for found in inside) or "none"
+        raise BundleError(
+            f"{path} is no bundle, and holds {len(inside)} ({names}); allowed: a bundle, or a "
+            "directory with exactly one"
+        )
+    return inside[0]
+
+
+def _roofline(manifest: Manifest) -> dict[str, Any]:
     """Constants that the features and the base depend on: other ones make another model."""
+    if manifest.kind == "table":
+        return {}
+    gpus = [manifest.gpu] if manifest.gpu else list(analytic.GPUS)
     return {
         "compute_efficiency": analytic.COMPUTE_EFFICIENCY,
         "memory_efficiency": analytic.MEMORY_EFFICIENCY,
         "fixed_seconds_per_layer": analytic.FIXED_SECONDS_PER_LAYER,
         "seconds_per_sequence": analytic.SECONDS_PER_SEQUENCE,
-        "clock_share": analytic.CLOCK_SHARE,
-        "gpu": asdict(analytic.gpu_by_name(gpu)),
+        "communication_bytes_per_second": analytic.COMMUNICATION_BYTES_PER_SECOND,
+        "gpus": {gpu: asdict(analytic.gpu_by_name(gpu)) for gpu in gpus},
     }
 
 
@@ -253,15 +396,31 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         name: (float(document["envelope"][name][0]), float(document["envelope"][name][1]))
         for name in ENVELOPE_FEATURES
     }
+    kind = str(document["kind"])
+    names = TABLE_COEFFICIENTS if kind == "table" else analytic.COEFFICIENTS
+    work = TABLE_WORK if kind == "table" else ROOFLINE_WORK
+    power_names = power_coefficients(work)
+    architecture, parallelism = document["architecture"], document["parallelism"]
     return Manifest(
+        kind=kind,
+        name=str(document["name"]),
         gpu=str(document["gpu"]),
-        architecture=ModelArchitecture(**document["architecture"]),
-        parallelism=Parallelism(**document["parallelism"]),
+        maximum_clock_mhz=float(document["maximum_clock_mhz"]),
+        architecture=ModelArchitecture(**architecture) if architecture else None,
+        parallelism=Parallelism(**parallelism) if parallelism else None,
+        routing=Routing(**document["routing"]),
         clocks_mhz=tuple(map(int, document["clocks_mhz"])),
-        base_coefficients={
-            name: float(document["base_coefficients"][name]) for name in analytic.COEFFICIENTS
+        base_coefficients={name: float(document["base_coefficients"][name]) for name in names},
+        power_coefficients={
+            name: float(document["power_coefficients"][name]) for name in power_names
         },
-        reference_watts=float(document["reference_watts"]),
+        by_gpu={
+            gpu: {
+                "base": {name: float(own["base"][name]) for name in names},
+                "power": {name: float(own["power"][name]) for name in power_names},
+            }
+            for gpu, own in document["by_gpu"].items()
+        },
         power_limit_watts=float(document["power_limit_watts"]),
         calibration=calibration,
         idle_clocks_mhz=tuple(map(float, document["idle_clocks_mhz"])),

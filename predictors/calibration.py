@@ -15,7 +15,22 @@ if TYPE_CHECKING:
 
 #: Clock over maximum clock at which bands begin, after the first that begins at zero.
 CLOCK_BAND_EDGES: tuple[float, ...] = (0.5, 0.75)
-PHASES: tuple[str, ...] = ("decode", "prefill")
+
+#: Groups of iterations with a bound of their own. Where several prompts of which some have old KV
+#: are computed together, the sums do not tell which prompt looks back how far, and with it how much
+#: attention costs: such iterations are less sure, and would widen the bound of all prompts.
+PHASES: tuple[str, ...] = ("decode", "prefill", "several_prefills")
+
+#: Old KV over new tokens from which several prompts count as unsure.
+_OLD_KV_RATIO = 0.25
+
+
+def phases_of(shapes: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Index in `PHASES` of each of (K, 6) shapes, (K,)."""
+    requests, tokens, old = shapes[:, 0], shapes[:, 1], shapes[:, 2]
+    phases = (tokens > 0.0).astype(np.intp)
+    phases += (requests > 1.5) & (old > _OLD_KV_RATIO * tokens) & (tokens > 0.0)
+    return phases
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +52,7 @@ class Calibration:
     rows_counts: dict[str, tuple[int, ...]]
 
     def factors(self, clock_ratios: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Bound over prediction: (2, C), rows as in `PHASES`."""
+        """Bound over prediction: (3, C), rows as in `PHASES`."""
         bands = np.searchsorted(self.clock_band_edges, clock_ratios, side="right")
         margins = np.array([self.log_margins[phase] for phase in PHASES])
         factors: NDArray[np.float64] = np.exp(margins[:, bands])
@@ -58,7 +73,7 @@ def conformal_quantile(scores: NDArray[np.float64], violation_ratio: float) -> f
 
 def calibrate(
     log_errors: NDArray[np.float64],
-    has_prefill: NDArray[np.bool_],
+    phases: NDArray[np.intp],
     clock_ratios: NDArray[np.float64],
     violation_ratio: float,
 ) -> Calibration:
@@ -66,7 +81,7 @@ def calibrate(
 
     Args:
         log_errors: (N,) log of measured over predicted latency.
-        has_prefill: (N,) whether the iteration computes prompts.
+        phases: (N,) of `phases_of`.
         clock_ratios: (N,) clock over maximum clock.
         violation_ratio: Share of iterations allowed above the bound.
 
@@ -82,7 +97,7 @@ def calibrate(
     bands = np.searchsorted(CLOCK_BAND_EDGES, clock_ratios, side="right")
     margins, counts = {}, {}
     for index, phase in enumerate(PHASES):
-        in_phase = has_prefill == bool(index)
+        in_phase = phases == index
         phase_margin = conformal_quantile(log_errors[in_phase], violation_ratio)
         if math.isinf(phase_margin):
             phase_margin = float(log_errors[in_phase].max(initial=0.0))

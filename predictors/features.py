@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from predictors.analytic import NominalGpu, Roofline
+from predictors.active_experts import ActiveExperts, Routing
+from predictors.analytic import Layers, NominalGpu, Roofline
 from predictors.errors import PredictorsError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from predictors.architecture import ModelArchitecture
@@ -64,30 +67,6 @@ def envelope_columns(shapes: NDArray[np.float64]) -> NDArray[np.float64]:
     return columns
 
 
-def expected_active_experts(
-    tokens: NDArray[np.float64], experts_count: int, experts_per_token: int
-) -> NDArray[np.float64]:
-    """Experts of one layer that at least one token takes, if the router chooses uniformly.
-
-    A = E * (1 - (1 - k/E)^n), the expectation for n independent tokens that each take k of E
-    experts. Skewed routing activates fewer.
-
-    Args:
-        tokens: Tokens in the iteration, any shape; fractions allowed.
-        experts_count: E.
-        experts_per_token: k.
-
-    Returns:
-        Expected experts, of the shape of `tokens`.
-    """
-    if experts_per_token >= experts_count:
-        return np.full_like(tokens, experts_count, dtype=np.float64)
-    log_missed = math.log1p(-experts_per_token / experts_count)
-    active: NDArray[np.float64] = np.expm1(tokens * log_missed)
-    active *= -experts_count
-    return active
-
-
 @dataclass(frozen=True, slots=True)
 class Parallelism:
     """How a model is spread over GPUs.
@@ -126,6 +105,8 @@ class Work:
         attention_flops: FLOP of prompt attention.
         kv_bytes: Bytes of KV read and written.
         sequences_count: Requests in the iteration.
+        communication_bytes: Bytes of activations that all-reduces move.
+        activation_bytes: Bytes of activations that experts read and write.
     """
 
     active_experts_count: NDArray[np.float64]
@@ -138,6 +119,53 @@ class Work:
     attention_flops: NDArray[np.float64]
     kv_bytes: NDArray[np.float64]
     sequences_count: NDArray[np.float64]
+    communication_bytes: NDArray[np.float64]
+    activation_bytes: NDArray[np.float64]
+
+
+class Space(Protocol):
+    """What turns shapes into a model's features and the terms that both bases are made of."""
+
+    @property
+    def features(self) -> Mapping[str, str]:
+        """Feature name -> unit, in order; `CLOCK_FEATURE` is the clock."""
+        ...
+
+    def build(self, shapes: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Features (F, K) with the clock left at one, and terms (T, K), of (K, 6) shapes."""
+        ...
+
+
+def rows_at(
+    space: Space, shapes: NDArray[np.float64], clock_ratios: NDArray[np.float64]
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Model input for one clock per shape, as training needs it.
+
+    Args:
+        space: What makes the features.
+        shapes: (N, 6).
+        clock_ratios: (N,) clock over maximum clock.
+
+    Returns:
+        (N, F) float32 features and the terms (T, N).
+    """
+    features, terms = space.build(shapes)
+    features[CLOCK_FEATURE] = clock_ratios
+    return np.ascontiguousarray(features.T), terms
+
+
+def checked_columns(shapes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The columns of (K, 6) shapes as rows, (6, K).
+
+    Raises:
+        PredictorsError: If the matrix has another width, or a row has no work.
+    """
+    if shapes.ndim != 2 or shapes.shape[1] != 6:
+        raise PredictorsError(f"shapes have the form {shapes.shape}; allowed: (K, 6)")
+    columns = np.ascontiguousarray(shapes.T)
+    if not ((columns[1] + columns[5]) > 0.0).all() or not math.isfinite(columns.sum()):
+        raise PredictorsError("a shape has no tokens or NaN; allowed: finite rows with work")
+    return columns
 
 
 class FeatureSpace:
@@ -147,16 +175,36 @@ class FeatureSpace:
         architecture: The model's dimensions.
         parallelism: How it is spread.
         gpu: Nominal figures of the GPU.
+        routing: How tokens spread over experts.
+        active_experts_ratio: Active experts over those of the routing's formula, when something
+            knows better (`ActiveExpertsEstimator`).
     """
 
     def __init__(
-        self, architecture: ModelArchitecture, parallelism: Parallelism, gpu: NominalGpu
+        self,
+        architecture: ModelArchitecture,
+        parallelism: Parallelism,
+        gpu: NominalGpu,
+        routing: Routing | None = None,
+        active_experts_ratio: float = 1.0,
     ) -> None:
         self.architecture = architecture
         self.parallelism = parallelism
         self.gpu = gpu
-        self.roofline = Roofline(architecture.layers_count, architecture.weight_bytes, gpu)
+        self.routing = routing or Routing()
+        self._active_experts_ratio = active_experts_ratio
+        experts = architecture.experts_count
+        taken = experts if self.routing.source == "all" else architecture.experts_per_token
+        self._active_experts = ActiveExperts(experts, taken, self.routing.skew_exponent)
         model, tp = architecture, parallelism.tensor_parallel_count
+        layers = Layers(
+            model.layers_count,
+            model.moe_layers_count if model.experts_count > 1 else 0,
+            model.layers_count if model.attention == "mla" else 0,
+            model.layers_count if model.weight_dtype == "fp8_block" else 0,
+            model.layers_count * model.attention_heads_count / tp,
+        )
+        self.roofline = Roofline(layers, model.weight_bytes, gpu)
         ranks = parallelism.expert_parallel_count
         self._ranks = ranks
         # Gaussian estimate of the largest of `ranks` counts: mean + deviation * sqrt(2 ln ranks)
@@ -199,6 +247,18 @@ class FeatureSpace:
         )
         self._full_pair_flops = full * pair_flops / tp
         self._windowed_pair_flops = windowed * pair_flops / tp
+        # two all-reduces of 16-bit activations in each layer
+        reductions = 4.0 * model.layers_count if max(tp, ranks) > 1 else 0.0
+        self._communication_bytes = reductions * model.hidden_size
+        # inputs and outputs of the experts' kernels, in 16 bits, per token-expert pair and token
+        width = 2 * model.hidden_size + 3 * model.expert_intermediate_size / max(1, tp // ranks)
+        pairs = model.experts_per_token / ranks * width + model.hidden_size
+        self._activation_bytes = 2.0 * model.moe_layers_count * pairs
+
+    @property
+    def features(self) -> Mapping[str, str]:
+        """Feature name -> unit, in order."""
+        return FEATURES
 
     def work(self, columns: NDArray[np.float64]) -> Work:
         """Work of K iterations on the busiest GPU.
@@ -209,7 +269,9 @@ class FeatureSpace:
         requests, prefill, prefill_kv, decoding, decode_kv, decode = columns
         model = self.architecture
         tokens = prefill + decode
-        active = expected_active_experts(tokens, model.experts_count, model.experts_per_token)
+        active = self._active_experts(tokens)
+        if self._active_experts_ratio != 1.0:
+            active = np.minimum(active * self._active_experts_ratio, model.experts_count)
         fullest = active
         if self._ranks > 1:
             # experts of a rank are active like independent draws: binomial variance
@@ -237,6 +299,8 @@ class FeatureSpace:
             attention_flops,
             kv_bytes,
             decoding + requests,
+            tokens * self._communication_bytes,
+            tokens * self._activation_bytes,
         )
 
     def build(self, shapes: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
@@ -246,20 +310,21 @@ class FeatureSpace:
             shapes: (K, 6), columns as in `SHAPE_COLUMNS`; fractions allowed.
 
         Returns:
-            Features (F, K) in the order of `FEATURES`, row `CLOCK_FEATURE` left at one; terms
-            (8, K) of `Roofline.terms`.
+            Features (F, K) in the order of `features`, row `CLOCK_FEATURE` left at one; terms
+            (T, K) of `Roofline.terms`.
 
         Raises:
             PredictorsError: If a row has no work, or the matrix has another width.
         """
-        if shapes.ndim != 2 or shapes.shape[1] != 6:
-            raise PredictorsError(f"shapes have the form {shapes.shape}; allowed: (K, 6)")
-        columns = np.ascontiguousarray(shapes.T)
+        columns = checked_columns(shapes)
         work = self.work(columns)
         terms = self.roofline.terms(work)
+        return self._features(columns, work, terms), terms
+
+    def _features(
+        self, columns: NDArray[np.float64], work: Work, terms: NDArray[np.float64]
+    ) -> NDArray[np.float32]:
         tokens = columns[1] + columns[5]
-        if not (tokens > 0.0).all() or not math.isfinite(columns.sum()):
-            raise PredictorsError("a shape has no tokens or NaN; allowed: finite rows with work")
         memory = terms[2] + terms[3] + terms[5]
         compute = terms[4] + terms[6] + terms[7]
         total = memory + compute + terms[0]
@@ -279,20 +344,4 @@ class FeatureSpace:
         features[17] = memory
         features[18] = compute / total
         features[19] = memory / total
-        return features, terms
-
-    def rows(
-        self, shapes: NDArray[np.float64], clock_ratios: NDArray[np.float64]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Model input for one clock per shape, as training needs it.
-
-        Args:
-            shapes: (N, 6).
-            clock_ratios: (N,) clock over maximum clock.
-
-        Returns:
-            (N, F) float32 features and the roofline's terms (8, N).
-        """
-        features, terms = self.build(shapes)
-        features[CLOCK_FEATURE] = clock_ratios
-        return np.ascontiguousarray(features.T), terms
+        return features

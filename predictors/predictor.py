@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from predictors.analytic import TERMS
 from predictors.bundle import Bundle, load_bundle
+from predictors.calibration import phases_of
 from predictors.features import CLOCK_FEATURE, ENVELOPE_FEATURES, envelope_columns
 from predictors.prediction import Prediction
 
@@ -15,6 +19,26 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from predictors.architecture import ModelArchitecture
+    from predictors.features import Parallelism, Space
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What a generic bundle needs to know of an engine.
+
+    Attributes:
+        gpu: Our name of the GPU or the driver's.
+        architecture: Dimensions of the model.
+        parallelism: How it is spread.
+        clocks_mhz: Candidate clocks, rising.
+    """
+
+    gpu: str
+    architecture: ModelArchitecture
+    parallelism: Parallelism
+    clocks_mhz: tuple[int, ...]
 
 
 class BundlePredictor(ABC):
@@ -26,15 +50,25 @@ class BundlePredictor(ABC):
 
     def __init__(self, bundle: Bundle) -> None:
         self.manifest = bundle.manifest
-        self._space = bundle.feature_space()
+        self._bundle = bundle
+        self._space = bundle.space()
         self._base = bundle.base()
+        self._power_base = bundle.power_base()
         self._clocks_mhz = np.array(bundle.manifest.clocks_mhz, dtype=np.int64)
         self._clock_ratios = bundle.clock_ratios()
+        self._active_experts_source = ""
         self._idle_power_watts = bundle.idle_power_watts()
+        self._static_watts = self._power_base.static_watts(self._clock_ratios)
+        self._work_rates = self._power_base.rates(self._clock_ratios)
         self._bound_factors = bundle.manifest.calibration.factors(self._clock_ratios)
         ranges = np.array([bundle.manifest.envelope[name] for name in ENVELOPE_FEATURES])
         slack = bundle.manifest.envelope_margin_ratio * (ranges[:, 1] - ranges[:, 0])
         self._lowest, self._highest = ranges[:, 0] - slack, ranges[:, 1] + slack
+
+    @property
+    def space(self) -> Space:
+        """What turns shapes into the trees' features."""
+        return self._space
 
     @property
     def clocks_mhz(self) -> NDArray[np.int64]:
@@ -50,6 +84,35 @@ class BundlePredictor(ABC):
     def fallback_reason(self) -> str:
         """Why this predictor is slower than it could be; empty if it is not. Worth a log line."""
         return ""
+
+    @property
+    def active_experts_source(self) -> str:
+        """What the count of active experts rests on; see `Manifest.active_experts_source`."""
+        return self._active_experts_source or self.manifest.active_experts_source
+
+    def with_active_experts(self, ratio: float) -> Self:
+        """The same predictor with other active experts than its formula gives.
+
+        Args:
+            ratio: Active experts over those of the formula, as `ActiveExpertsEstimator` finds it.
+        """
+        adapted = copy.copy(self)
+        adapted._space = self._bundle.space(ratio)  # noqa: SLF001 (of this class)
+        adapted._active_experts_source = "inverted"  # noqa: SLF001
+        return adapted
+
+    def expert_seconds(self, shapes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Time at maximum clock that the latency base spends on reading experts, (K,).
+
+        Zero for bundles that know no experts.
+        """
+        if self.manifest.kind == "table":
+            return np.zeros(len(shapes))
+        _, terms = self._space.build(shapes)
+        only = np.zeros_like(terms)
+        row = TERMS.index("expert_memory")
+        only[row] = terms[row]
+        return self._base.seconds(self._base.parts(only), np.ones(1))[:, 0]
 
     @abstractmethod
     def predict(self, shapes: NDArray[np.float64]) -> Prediction:
@@ -107,17 +170,20 @@ class XGBoostPredictor(BundlePredictor):
         power_margin = self._power.inplace_predict(rows).reshape(form).astype(np.float64)
         base = self._base.seconds(self._base.parts(terms), self._clock_ratios)
         latency = _never_rising(base * np.exp(latency_margin))
-        factors = self._bound_factors[(shapes[:, 1] > 0.0).astype(np.intp)]
-        power = self.manifest.reference_watts * np.exp(power_margin)
-        power = np.maximum.accumulate(np.minimum(power, self.manifest.power_limit_watts), axis=1)
+        factors = self._bound_factors[phases_of(shapes)]
+        limit = self.manifest.power_limit_watts
+        power = np.minimum(self._power_base.watts(terms, self._clock_ratios, latency), limit)
+        power = np.minimum(power * np.exp(power_margin), limit)
+        power = np.maximum.accumulate(power, axis=1)
         return Prediction(latency, _never_rising(latency * factors), power)
 
 
-def load_predictor(directory: Path) -> BundlePredictor:
+def load_predictor(directory: Path, engine: Engine | None = None) -> BundlePredictor:
     """Load a bundle with the fastest predictor that this environment has.
 
     Args:
         directory: The bundle's own directory.
+        engine: What a generic bundle is to predict; other bundles know.
 
     Returns:
         A warm predictor; its `fallback_reason` says why it is slow, if it is.
@@ -125,7 +191,12 @@ def load_predictor(directory: Path) -> BundlePredictor:
     Raises:
         BundleError: If the bundle is missing, damaged or made for other code.
     """
-    predictor = fastest_predictor(load_bundle(directory))
+    bundle = load_bundle(directory)
+    if engine is not None:
+        bundle = bundle.bound(
+            engine.gpu, engine.architecture, engine.parallelism, engine.clocks_mhz
+        )
+    predictor = fastest_predictor(bundle)
     predictor.warm_up()
     return predictor
 

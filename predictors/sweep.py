@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numba import njit
 
+from predictors.calibration import phases_of
 from predictors.errors import BundleError
-from predictors.features import CLOCK_FEATURE, FEATURES
+from predictors.features import CLOCK_FEATURE
 from predictors.prediction import Prediction
 from predictors.predictor import BundlePredictor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from predictors.bundle import Bundle
@@ -54,23 +57,30 @@ class Forest:
     base_score: float
 
     @classmethod
-    def from_model(cls, model: bytes, clock_ratios: NDArray[np.float64], source: str) -> Forest:
+    def from_model(
+        cls,
+        model: bytes,
+        features: Sequence[str],
+        clock_ratios: NDArray[np.float64],
+        source: str,
+    ) -> Forest:
         """Read a model and check what the sweep assumes of it.
 
         Args:
             model: XGBoost's UBJSON.
+            features: Names of the features, in order.
             clock_ratios: Candidate values of the clock feature, (C,), rising.
             source: Name for messages.
 
         Raises:
-            BundleError: If the model is no plain regression forest over `FEATURES`.
+            BundleError: If the model is no plain regression forest over these features.
         """
         import xgboost  # noqa: PLC0415 (0.8 s, only to read the file)
 
         booster = xgboost.Booster({"nthread": 1})
         booster.load_model(bytearray(model))
         learner = json.loads(bytes(booster.save_raw("json")))["learner"]
-        trees = _checked_trees(learner, source)
+        trees = _checked_trees(learner, list(features), source)
         counts = [len(tree["left_children"]) for tree in trees]
         nodes = np.concatenate([_by_level(tree) for tree in trees])
         roots = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int32)
@@ -95,14 +105,16 @@ def _by_level(tree: dict[str, Any]) -> NDArray[np.void]:
     return nodes
 
 
-def _checked_trees(learner: dict[str, Any], source: str) -> list[dict[str, Any]]:
+def _checked_trees(
+    learner: dict[str, Any], features: list[str], source: str
+) -> list[dict[str, Any]]:
     """The trees, if they are what the sweep can walk."""
     booster = learner["gradient_booster"]
     shape = learner["learner_model_param"]
     checks = (
         ("booster", booster["name"], "gbtree"),
         ("objective", learner["objective"]["name"], "reg:squarederror"),
-        ("feature_names", learner["feature_names"], list(FEATURES)),
+        ("feature_names", learner["feature_names"], features),
         ("num_target", int(shape.get("num_target", "1")), 1),
         ("num_class", int(shape.get("num_class", "0")), 0),
     )
@@ -149,12 +161,14 @@ class SweepPredictor(BundlePredictor):
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle)
-        name = bundle.manifest.name
-        self._latency = Forest.from_model(
-            bundle.latency_model, self._clock_ratios, f"latency model of {name}"
-        )
-        self._power = Forest.from_model(
-            bundle.power_model, self._clock_ratios, f"power model of {name}"
+        self._latency, self._power = (
+            Forest.from_model(
+                model,
+                list(bundle.features),
+                self._clock_ratios,
+                f"{what} model of {bundle.manifest.name}",
+            )
+            for what, model in (("latency", bundle.latency_model), ("power", bundle.power_model))
         )
 
     def predict(self, shapes: NDArray[np.float64]) -> Prediction:
@@ -165,11 +179,18 @@ class SweepPredictor(BundlePredictor):
         power = self._margins(self._power, rows)
         upper = np.empty_like(latency)
         # a new array: other forms of `shapes` would be compiled for once more, while serving
-        phases = (shapes[:, 1] > 0.0).astype(np.intp)
+        phases = phases_of(shapes)
         _finish_latency(
             latency, upper, self._base.parts(terms), self._clock_ratios, phases, self._bound_factors
         )
-        _finish_power(power, self.manifest.reference_watts, self.manifest.power_limit_watts)
+        _finish_power(
+            power,
+            latency,
+            self._power_base.work(terms),
+            self._static_watts,
+            self._work_rates,
+            self.manifest.power_limit_watts,
+        )
         return Prediction(latency, upper, power)
 
     def _margins(self, forest: Forest, rows: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -262,13 +283,22 @@ def _finish_latency(  # noqa: PLR0917 (compiled functions take positions)
 
 
 @njit(cache=True, nogil=True)
-def _finish_power(
-    power: NDArray[np.float64], reference_watts: float, power_limit_watts: float
+def _finish_power(  # noqa: PLR0917 (compiled functions take positions)
+    power: NDArray[np.float64],
+    latency: NDArray[np.float64],
+    work: NDArray[np.float64],
+    static_watts: NDArray[np.float64],
+    work_rates: NDArray[np.float64],
+    power_limit_watts: float,
 ) -> None:
     """Turn log ratios into watts, in place; never falling with clock, never above the limit."""
     for row in range(power.shape[0]):
         highest = 0.0
         for clock in range(power.shape[1]):
-            watts = min(reference_watts * np.exp(power[row, clock]), power_limit_watts)
+            joules = 0.0  # PowerBase.watts
+            for kind in range(work.shape[0]):
+                joules += work[kind, row] * work_rates[kind, clock]
+            base = min(static_watts[clock] + joules / latency[row, clock], power_limit_watts)
+            watts = min(base * np.exp(power[row, clock]), power_limit_watts)
             highest = max(highest, watts)
             power[row, clock] = highest

@@ -1,4 +1,4 @@
-"""From iteration records to a bundle."""
+"""From iteration records of one model on one kind of GPU to a bundle."""
 
 from __future__ import annotations
 
@@ -9,40 +9,49 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xgboost
 
-from predictors.analytic import GPUS, FittedBase, NominalGpu
-from predictors.bundle import Bundle, Manifest, write_bundle
-from predictors.calibration import CLOCK_BAND_EDGES, PHASES, Calibration, calibrate
+from predictors.active_experts import Routing, chosen_skew, fit_reported_skew, skews_to_try
+from predictors.bundle import Bundle, Manifest, bundle_name, write_bundle
+from predictors.calibration import PHASES, Calibration, calibrate, phases_of
 from predictors.card import model_card
 from predictors.errors import RecordsError
 from predictors.evaluation import evaluate, predict_rows
-from predictors.features import (
-    CLOCK_FEATURE,
-    ENVELOPE_FEATURES,
-    FEATURES,
-    FeatureSpace,
-    envelope_columns,
+from predictors.features import ENVELOPE_FEATURES, FeatureSpace, envelope_columns, rows_at
+from predictors.fitting import (
+    FittingRows,
+    LocalTrainer,
+    balancing_weights,
+    base_seconds,
+    fit,
+    fit_base,
 )
 from predictors.predictor import fastest_predictor
 from predictors.subject import Subject, describe
-from predictors.training_rows import TrainingFrame, training_frame
+from predictors.training_rows import TrainingFrame, supported_clocks, training_frame
 from predictors.training_settings import TrainingSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from predictors.analytic import NominalGpu
     from predictors.dataset import Records
+    from predictors.features import Space
+    from predictors.fitting import Progress, Trainer
 
-    #: Called with what is fitted ("latency", "power") and the share of it that is done.
-    Progress = Callable[[str, float], None]
+#: Rows that the choice of a routing skew looks at.
+_SKEW_ROWS_COUNT = 3000
+
+#: A clock this much below the lowest one recorded is still a candidate.
+_CLOCK_REACH_RATIO = 0.15
 
 
 def train(
     records: Records,
     settings: TrainingSettings | None = None,
     progress: Progress | None = None,
+    trainer: Trainer | None = None,
 ) -> Bundle:
     """Train the latency and the power model, and calibrate the bound.
 
@@ -50,6 +59,7 @@ def train(
         records: Records of one model on one kind of GPU.
         settings: How to train.
         progress: Told about progress.
+        trainer: What grows the trees; this process if None.
 
     Raises:
         RecordsError: If the records are about several models or GPUs, or too few.
@@ -57,31 +67,111 @@ def train(
     settings = settings or TrainingSettings()
     subject = describe(records)
     frame = training_frame(records, subject.gpu.power_limit_watts)
-    parts = _split(frame, settings)
+    return train_frame(frame, subject, settings, split(frame, settings), progress, trainer)
+
+
+def train_frame(  # noqa: PLR0917 (each is one thing that callers name)
+    frame: TrainingFrame,
+    subject: Subject,
+    settings: TrainingSettings,
+    parts: Mapping[str, NDArray[np.bool_]],
+    progress: Progress | None = None,
+    trainer: Trainer | None = None,
+    routing: Routing | None = None,
+) -> Bundle:
+    """Train on given parts of a frame: "train", "validation", "calibration" and "test".
+
+    The routing is found from the rows unless it is given. Other arguments are those of `train`.
+
+    Raises:
+        RecordsError: If no row has power.
+    """
     known = np.isfinite(frame.watts)
     if not (parts["train"] & known).any() or not (parts["validation"] & known).any():
         raise RecordsError("no power in the records; record on a GPU that reports energy")
-    space = FeatureSpace(subject.architecture, subject.parallelism, subject.gpu)
-    ratios = frame.clocks_mhz / subject.gpu.maximum_clock_mhz
-    rows, terms = space.rows(frame.shapes, ratios)
-    fitted = parts["train"]
-    weights = _weights(frame, ratios)
-    base = FittedBase.fit(terms[:, fitted], ratios[fitted], frame.seconds[fitted], weights[fitted])
-    base_seconds = base.seconds(base.parts(terms), ratios[:, None])[:, 0]
-    reference = float(np.exp(np.mean(np.log(frame.watts[fitted & known]))))
-    with np.errstate(invalid="ignore"):
-        power_target = np.log(frame.watts / reference)
-    # weighed by load for latency alone: power in rare loads decides about little
-    latency = _fit(
-        "latency", rows, np.log(frame.seconds / base_seconds), weights, parts, settings, progress
+    routing = routing or fit_routing(frame.rows(parts["train"]), subject)
+    space = FeatureSpace(subject.architecture, subject.parallelism, subject.gpu, routing)
+    rows = fitting_rows(frame, space, subject.gpu.maximum_clock_mhz)
+    limit = max(subject.gpu.power_limit_watts, float(np.nanmax(frame.watts)))
+    fitted = fit(
+        rows.part(parts["train"]),
+        rows.part(parts["validation"]),
+        settings,
+        "model",
+        limit,
+        trainer or LocalTrainer(settings.threads_count),
+        progress,
     )
-    with_power = {name: part & known for name, part in parts.items()}
-    ones = np.ones_like(weights)
-    power = _fit("power", rows, power_target, ones, with_power, settings, progress)
-    bundle = Bundle(
-        _manifest(subject, frame, parts, base, reference, settings), bytes(latency), bytes(power)
+    supported = supported_clocks(frame).values()
+    lowest = max((low for low, _ in supported), default=float(frame.clocks_mhz.min()))
+    lowest *= 1.0 - _CLOCK_REACH_RATIO
+    idle_clocks, idle_watts, idle_source = idle_power(frame, subject.gpu)
+    manifest = Manifest(
+        kind="model",
+        name=bundle_name(subject.gpu.name, subject.architecture.name, subject.parallelism),
+        gpu=subject.gpu.name,
+        maximum_clock_mhz=float(subject.gpu.maximum_clock_mhz),
+        architecture=subject.architecture,
+        parallelism=subject.parallelism,
+        routing=routing,
+        clocks_mhz=tuple(clock for clock in subject.clocks_mhz if clock >= lowest),
+        base_coefficients=fitted.base.coefficients,
+        power_coefficients=fitted.power_base.coefficients,
+        by_gpu={},
+        power_limit_watts=limit,
+        calibration=no_margins(settings),
+        idle_clocks_mhz=idle_clocks,
+        idle_watts=idle_watts,
+        idle_source=idle_source,
+        envelope=envelope(frame.shapes[parts["train"]]),
+        envelope_margin_ratio=settings.envelope_margin_ratio,
+        provenance=subject.provenance,
+        engine=dict(subject.engine),
+        data=data_description(frame, parts),
+        training=settings_description(settings),
+        metrics={},
+        library_versions=library_versions(),
     )
+    bundle = Bundle(manifest, fitted.latency_model, fitted.power_model)
     return _judged(_calibrated(bundle, frame, parts["calibration"], settings), frame, parts["test"])
+
+
+def fitting_rows(frame: TrainingFrame, space: Space, maximum_clock_mhz: float) -> FittingRows:
+    """What fitting needs of a frame."""
+    ratios = frame.clocks_mhz / maximum_clock_mhz
+    features, terms = rows_at(space, frame.shapes, ratios)
+    weights = balancing_weights(frame.shapes, ratios)
+    return FittingRows(
+        features, terms, ratios, frame.seconds, frame.watts, weights, list(space.features)
+    )
+
+
+def fit_routing(frame: TrainingFrame, subject: Subject) -> Routing:
+    """How the router spreads tokens: from reported counts, else from latency, else uniform."""
+    model = subject.architecture
+    if model.experts_per_token >= model.experts_count:
+        return Routing()
+    tokens = frame.shapes[:, 1] + frame.shapes[:, 5]
+    reported = np.isfinite(frame.active_experts) & (frame.active_experts > 0)
+    if reported.any():
+        return fit_reported_skew(
+            tokens[reported],
+            frame.active_experts[reported],
+            model.experts_count,
+            model.experts_per_token,
+        )
+    chosen = np.zeros(len(tokens), dtype=bool)
+    step = max(1, len(tokens) // _SKEW_ROWS_COUNT)
+    chosen[::step] = True
+    some, errors = frame.rows(chosen), {}
+    for skew in skews_to_try():
+        routing = Routing(skew, "residuals")
+        space = FeatureSpace(model, subject.parallelism, subject.gpu, routing)
+        rows = fitting_rows(some, space, subject.gpu.maximum_clock_mhz)
+        base = fit_base(rows, "model")
+        residual = base_seconds(base, rows) / rows.seconds - 1.0
+        errors[skew] = float(np.sqrt(np.average(residual**2, weights=rows.weights)))
+    return chosen_skew(errors)
 
 
 def save(bundle: Bundle, directory: Path) -> Path:
@@ -90,7 +180,7 @@ def save(bundle: Bundle, directory: Path) -> Path:
     return write_bundle(directory, bundle.manifest, bundle.latency_model, bundle.power_model, card)
 
 
-def _split(frame: TrainingFrame, settings: TrainingSettings) -> dict[str, NDArray[np.bool_]]:
+def split(frame: TrainingFrame, settings: TrainingSettings) -> dict[str, NDArray[np.bool_]]:
     """Rows of each part; a run (or block) is in one part only."""
     groups = np.unique(frame.groups)
     names = ("validation", "calibration", "test")
@@ -110,145 +200,58 @@ def _split(frame: TrainingFrame, settings: TrainingSettings) -> dict[str, NDArra
     return parts
 
 
-def _weights(frame: TrainingFrame, clock_ratios: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Weights with mean one that keep rare loads from drowning.
-
-    A serving engine decodes thousands of times for each large prompt, yet the prompt decides about
-    the time to the first token. Rows in one cell of prompt tokens, decoding requests (both by
-    powers of two) and clock band share a weight of one over the root of their number.
-    """
-    cells = np.column_stack(
-        [
-            np.ceil(np.log2(frame.shapes[:, 1] + 1.0)),
-            np.ceil(np.log2(frame.shapes[:, 3] + 1.0)),
-            np.searchsorted(CLOCK_BAND_EDGES, clock_ratios, side="right"),
-        ]
-    )
-    _, cell, counts = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
-    weights: NDArray[np.float64] = 1.0 / np.sqrt(counts[cell])
-    weights /= weights.mean()
-    return weights
-
-
-class _Reporter(xgboost.callback.TrainingCallback):
-    """Passes on how many of the trees are fitted."""
-
-    def __init__(self, what: str, trees_count: int, progress: Progress) -> None:
-        super().__init__()
-        self._what, self._trees_count, self._progress = what, trees_count, progress
-
-    def after_iteration(self, _model: object, epoch: int, _evals_log: object) -> bool:
-        self._progress(self._what, (epoch + 1) / self._trees_count)
-        return False
-
-
-def _fit(  # noqa: PLR0917 (private, called twice)
-    what: str,
-    rows: NDArray[np.float32],
-    target: NDArray[np.float64],
-    weights: NDArray[np.float64],
-    parts: Mapping[str, NDArray[np.bool_]],
-    settings: TrainingSettings,
-    progress: Progress | None,
-) -> bytearray:
-    """Fit one model and return its UBJSON."""
-    constraints = [0] * len(FEATURES)
-    constraints[CLOCK_FEATURE] = -1 if what == "latency" else 1
-    parameters = {
-        "objective": "reg:squarederror",
-        "tree_method": "hist",
-        "max_bin": 256,  # keeps every one of about 110 clocks apart
-        "max_depth": settings.tree_depth,
-        "eta": settings.learning_rate,
-        "min_child_weight": settings.minimum_leaf_rows_count,
-        "monotone_constraints": "(" + ",".join(map(str, constraints)) + ")",
-        "seed": settings.seed,
-        "nthread": settings.threads_count,
+def envelope(shapes: NDArray[np.float64]) -> dict[str, tuple[float, float]]:
+    """Load feature -> lowest and highest value."""
+    load = envelope_columns(shapes)
+    return {
+        name: (float(load[:, index].min()), float(load[:, index].max()))
+        for index, name in enumerate(ENVELOPE_FEATURES)
     }
-    trees_count = settings.latency_trees_count if what == "latency" else settings.power_trees_count
-    matrices = {
-        name: xgboost.DMatrix(
-            rows[parts[name]],
-            target[parts[name]],
-            weight=weights[parts[name]],
-            feature_names=list(FEATURES),
-            nthread=settings.threads_count or None,
-        )
-        for name in ("train", "validation")
-    }
-    booster = xgboost.train(
-        parameters,
-        matrices["train"],
-        num_boost_round=trees_count,
-        evals=[(matrices["validation"], "validation")],
-        early_stopping_rounds=settings.early_stopping_count,
-        verbose_eval=False,
-        callbacks=[_Reporter(what, trees_count, progress)] if progress else None,
-    )
-    best = booster[: booster.best_iteration + 1]
-    best.set_attr(best_iteration=None, best_score=None)
-    content: bytearray = best.save_raw("ubj")
-    return content
 
 
-def _manifest(  # noqa: PLR0917 (private, called once)
-    subject: Subject,
-    frame: TrainingFrame,
-    parts: Mapping[str, NDArray[np.bool_]],
-    base: FittedBase,
-    reference_watts: float,
-    settings: TrainingSettings,
-) -> Manifest:
-    """The manifest, with the bound and the metrics still empty."""
-    load = envelope_columns(frame.shapes[parts["train"]])
-    idle_clocks, idle_watts, idle_source = _idle_power(frame, subject.gpu)
-    measured_watts = frame.watts[np.isfinite(frame.watts)]
+def no_margins(settings: TrainingSettings) -> Calibration:
+    """A calibration before there is one."""
     zeros: dict[str, tuple[float, ...]] = dict.fromkeys(PHASES, (0.0,))
     none: dict[str, tuple[int, ...]] = dict.fromkeys(PHASES, (0,))
-    return Manifest(
-        gpu=subject.gpu.name,
-        architecture=subject.architecture,
-        parallelism=subject.parallelism,
-        clocks_mhz=subject.clocks_mhz,
-        base_coefficients=base.coefficients,
-        reference_watts=reference_watts,
-        power_limit_watts=max(subject.gpu.power_limit_watts, float(measured_watts.max())),
-        calibration=Calibration(settings.violation_ratio, (), zeros, none),
-        idle_clocks_mhz=idle_clocks,
-        idle_watts=idle_watts,
-        idle_source=idle_source,
-        envelope={
-            name: (float(load[:, index].min()), float(load[:, index].max()))
-            for index, name in enumerate(ENVELOPE_FEATURES)
-        },
-        envelope_margin_ratio=settings.envelope_margin_ratio,
-        provenance=subject.provenance,
-        engine=dict(subject.engine),
-        data={
-            "sha256": frame.data_hash(),
-            "rows_count": len(frame.seconds),
-            "power_rows_count": len(measured_watts),
-            "idle_rows_count": len(frame.idle_watts),
-            "dropped_rows_counts": dict(frame.dropped),
-            "split_by": frame.grouping,
-            "parts_rows_counts": {name: int(part.sum()) for name, part in parts.items()},
-            "lowest_clock_mhz": float(frame.clocks_mhz.min()),
-            "highest_clock_mhz": float(frame.clocks_mhz.max()),
-            "clocks_count": len(np.unique(frame.clocks_mhz)),
-        },
-        training={
-            name: value for name, value in asdict(settings).items() if name != "threads_count"
-        },
-        metrics={},
-        library_versions={
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-            "xgboost": xgboost.__version__,
-        },
-    )
+    return Calibration(settings.violation_ratio, (), zeros, none)
 
 
-def _idle_power(
+def data_description(
+    frame: TrainingFrame, parts: Mapping[str, NDArray[np.bool_]]
+) -> dict[str, object]:
+    """What the manifest says of the data."""
+    return {
+        "sha256": frame.data_hash(),
+        "rows_count": len(frame.seconds),
+        "power_rows_count": int(np.count_nonzero(np.isfinite(frame.watts))),
+        "idle_rows_count": len(frame.idle_watts),
+        "dropped_rows_counts": dict(frame.dropped),
+        "split_by": frame.grouping,
+        "parts_rows_counts": {name: int(part.sum()) for name, part in parts.items()},
+        "lowest_clock_mhz": float(frame.clocks_mhz.min()),
+        "highest_clock_mhz": float(frame.clocks_mhz.max()),
+        "clocks_count": len(np.unique(frame.clocks_mhz)),
+        "supported_clocks_mhz": {
+            phase: list(ends) for phase, ends in supported_clocks(frame).items()
+        },
+    }
+
+
+def settings_description(settings: TrainingSettings) -> dict[str, object]:
+    """What the manifest says of the settings: those that change the result."""
+    return {name: value for name, value in asdict(settings).items() if name != "threads_count"}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what trains."""
+    return {
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "xgboost": xgboost.__version__,
+    }
+
+
+def idle_power(
     frame: TrainingFrame, gpu: NominalGpu
 ) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """Idle power at the clocks where it was seen, never falling; else the nominal line.
@@ -281,8 +284,8 @@ def _calibrated(
     latency, _, _ = predict_rows(fastest_predictor(bundle), shapes, clocks)
     calibration = calibrate(
         np.log(frame.seconds[part] / latency),
-        shapes[:, 1] > 0,
-        clocks / GPUS[bundle.manifest.gpu].maximum_clock_mhz,
+        phases_of(shapes),
+        clocks / bundle.manifest.maximum_clock_mhz,
         settings.violation_ratio,
     )
     return replace(bundle, manifest=replace(bundle.manifest, calibration=calibration))
@@ -290,6 +293,5 @@ def _calibrated(
 
 def _judged(bundle: Bundle, frame: TrainingFrame, part: NDArray[np.bool_]) -> Bundle:
     """The bundle with its metrics on rows that neither fitting nor calibration saw."""
-    maximum = GPUS[bundle.manifest.gpu].maximum_clock_mhz
-    metrics = evaluate(fastest_predictor(bundle), frame.rows(part), maximum)
+    metrics = evaluate(fastest_predictor(bundle), frame.rows(part))
     return replace(bundle, manifest=replace(bundle.manifest, metrics=metrics))

@@ -31,6 +31,12 @@ POWER_CAP_RATIO = 0.97
 BUSY_RATIO = 0.9
 IDLE_RATIO = 0.02
 
+#: A clock takes effect this long after it was asked for (switches: median 25 ms, p99 150 ms).
+SETTLING_SECONDS = 0.25
+
+#: Rows at or beyond a clock that make it one to learn from.
+LEAST_CLOCK_ROWS_COUNT = 10
+
 #: Rows of one block when there are too few runs to split by run.
 BLOCK_ROWS_COUNT = 256
 
@@ -45,6 +51,7 @@ class TrainingFrame:
         seconds: Duration of the iteration.
         watts: Power of one GPU; NaN where the row does not tell.
         groups: Number of the run (or block of one), for splits.
+        active_experts: Active experts per layer as the engine reported; NaN where it did not.
         idle_clocks_mhz: Clock of idle rows.
         idle_watts: Their power.
         dropped: Reason -> number of rows left out.
@@ -56,6 +63,7 @@ class TrainingFrame:
     seconds: NDArray[np.float64]
     watts: NDArray[np.float64]
     groups: NDArray[np.int64]
+    active_experts: NDArray[np.float64]
     idle_clocks_mhz: NDArray[np.float64]
     idle_watts: NDArray[np.float64]
     dropped: Mapping[str, int] = field(default_factory=dict)
@@ -70,6 +78,7 @@ class TrainingFrame:
             seconds=self.seconds[chosen],
             watts=self.watts[chosen],
             groups=self.groups[chosen],
+            active_experts=self.active_experts[chosen],
         )
 
     def data_hash(self) -> str:
@@ -81,6 +90,7 @@ class TrainingFrame:
             self.seconds,
             self.watts,
             self.groups,
+            self.active_experts,
             self.idle_clocks_mhz,
             self.idle_watts,
         ):
@@ -112,13 +122,20 @@ def training_frame(records: Records, power_limit_watts: float | None = None) -> 
     frame = frame.iloc[order]
     runs, _ = pd.factorize(frame[SOURCE_COLUMN] + "/" + frame["registration_id"].astype(str))
     observed = frame["clock_observed_mhz"].to_numpy()
+    power = frame["power_watts"].to_numpy()
+    maximum = max(described.gpu_clocks_mhz[-1] for described in records.metadata.values())
+    asked = frame["clock_target_mhz"].to_numpy()
+    asked = np.where(asked > 0, asked, maximum)
+    limit = np.inf if power_limit_watts is None else power_limit_watts
+    capped = (power >= POWER_CAP_RATIO * limit) & (observed < asked)
     moved = np.abs(frame["clock_previous_mhz"].to_numpy() - observed)
-    steady = moved <= CLOCK_TOLERANCE_RATIO * observed
+    # the limit moves the clock with each iteration's load, which is no switch
+    at_rest = capped | (observed >= (1.0 - CLOCK_TOLERANCE_RATIO) * asked)
+    steady = (moved <= CLOCK_TOLERANCE_RATIO * observed) | (_settled(frame, runs, asked) & at_rest)
     completed = (frame["phase"] == "completed").to_numpy()
     shapes = _shapes(frame)
     working = shapes[:, 1] + shapes[:, 5] > 0
     busy = _busy_ratios(frame, runs)
-    power = frame["power_watts"].to_numpy()
     idle = ~completed & steady & (busy <= IDLE_RATIO) & (power > 0)
     kept = completed & steady & working
     watts = np.where((busy >= BUSY_RATIO) & (power > 0), power, np.nan)
@@ -134,21 +151,68 @@ def training_frame(records: Records, power_limit_watts: float | None = None) -> 
             "at steady clocks"
         )
     groups, grouping = _groups(runs[kept])
-    maximum = max(described.gpu_clocks_mhz[-1] for described in records.metadata.values())
-    asked = frame["clock_target_mhz"].to_numpy()
-    asked = np.where(asked > 0, asked, maximum)
-    limit = np.inf if power_limit_watts is None else power_limit_watts
-    capped = (power >= POWER_CAP_RATIO * limit) & (observed < asked)
-    return TrainingFrame(
+    whole = TrainingFrame(
         shapes[kept],
         np.where(capped, asked, observed)[kept],
         frame["iteration_duration_seconds"].to_numpy()[kept],
         watts[kept],
         groups,
+        frame["mean_active_experts_count"].to_numpy()[kept],
         observed[idle],
         power[idle],
         dropped,
         grouping,
+    )
+    return _with_capped_clocks(whole, capped[kept], observed[kept])
+
+
+def supported_clocks(frame: TrainingFrame) -> dict[str, tuple[float, float]]:
+    """Phase -> lowest and highest clock with enough rows to learn from; phases without are absent.
+
+    A recording that sets no clock holds few: those that the GPU took by itself.
+    """
+    has_prompts = frame.shapes[:, 1] > 0
+    found = {}
+    for phase, rows in (("decode", ~has_prompts), ("prefill", has_prompts)):
+        clocks = np.sort(frame.clocks_mhz[rows])
+        if len(clocks) >= LEAST_CLOCK_ROWS_COUNT:
+            edge = LEAST_CLOCK_ROWS_COUNT - 1
+            found[phase] = (float(clocks[edge]), float(clocks[-1 - edge]))
+    return found
+
+
+def _settled(
+    frame: pd.DataFrame, runs: NDArray[np.int64], asked: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Whether the asked clock has, at the start of a row, stood long enough to take effect."""
+    times = frame["engine_time_seconds"].to_numpy()
+    began = times - np.nan_to_num(frame["iteration_duration_seconds"].to_numpy())
+    new_run = np.concatenate([[True], runs[1:] != runs[:-1]])
+    changed = new_run | np.concatenate([[True], asked[1:] != asked[:-1]])
+    since = times[np.maximum.accumulate(np.where(changed, np.arange(len(times)), 0))]
+    settled: NDArray[np.bool_] = began - since >= SETTLING_SECONDS
+    return settled
+
+
+def _with_capped_clocks(
+    frame: TrainingFrame, capped: NDArray[np.bool_], observed_mhz: NDArray[np.float64]
+) -> TrainingFrame:
+    """Rows at the power limit count for the clock that ran, too: asked for it, the GPU runs it."""
+    again = capped & (observed_mhz < (1.0 - CLOCK_TOLERANCE_RATIO) * frame.clocks_mhz)
+    if not again.any():
+        return frame
+    # each beside the row that it repeats, so that rows stay in order of time
+    order = np.sort(np.concatenate([np.arange(len(again)), np.flatnonzero(again)]))
+    repeated = np.concatenate([[False], order[1:] == order[:-1]])
+    clocks = np.where(repeated, observed_mhz[order], frame.clocks_mhz[order])
+    return replace(
+        frame,
+        shapes=frame.shapes[order],
+        clocks_mhz=clocks,
+        seconds=frame.seconds[order],
+        watts=frame.watts[order],
+        groups=frame.groups[order],
+        active_experts=frame.active_experts[order],
     )
 
 

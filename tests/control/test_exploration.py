@@ -34,3 +34,24 @@ def test_even_a_short_stretch_covers_the_range(engine):
 def test_a_plan_predicts_nothing(engine):
     with pytest.raises(ThrottleError, match="predicts nothing"):
         ExplorationPlan(CLOCKS, 0.3).evaluate(engine.state())
+
+
+def test_a_clock_is_held_until_enough_iterations_ran(engine):
+    plan = ExplorationPlan(CLOCKS, hold_seconds=0.3, hold_iterations=4)
+    chosen = _clocks(engine, plan, 40, seconds=1.0)
+    changes = np.flatnonzero(np.diff(chosen))
+    assert np.diff(changes).min() >= 4
+
+
+def test_clocks_that_weigh_more_come_more_often(engine):
+    weights = [3.0 if clock < 1000 else 1.0 for clock in CLOCKS]
+    plan = ExplorationPlan(CLOCKS, hold_seconds=0.0, weights=weights)
+    chosen = np.array(_clocks(engine, plan, 400, seconds=0.1))
+    wanted = sum(weights[: sum(clock < 1000 for clock in CLOCKS)]) / sum(weights)
+    assert np.mean(chosen < 1000) == pytest.approx(wanted, abs=0.02)
+
+
+@pytest.mark.parametrize(("clocks", "weights"), [((), None), ((345, 360), [1.0]), ((345,), [0.0])])
+def test_clocks_and_weights_that_do_not_fit_are_refused(clocks, weights):
+    with pytest.raises(ThrottleError, match="one weight for each clock"):
+        ExplorationPlan(clocks, 0.3, weights=weights)

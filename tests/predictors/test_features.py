@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from predictors.active_experts import expected_active_experts
 from predictors.analytic import COEFFICIENTS, GPUS, FittedBase, gpu_by_name
 from predictors.architecture import catalogue, from_catalogue
 from predictors.errors import PredictorsError
@@ -15,7 +16,7 @@ from predictors.features import (
     FEATURES,
     FeatureSpace,
     Parallelism,
-    expected_active_experts,
+    rows_at,
 )
 
 SHAPES = np.array(
@@ -88,8 +89,8 @@ def test_a_window_bounds_the_kv_that_is_read():
 
 def test_only_the_first_feature_depends_on_the_clock():
     assert list(FEATURES)[CLOCK_FEATURE] == "clock_ratio"
-    slow, _ = space().rows(SHAPES, np.full(4, 0.2))
-    fast, _ = space().rows(SHAPES, np.full(4, 1.0))
+    slow, _ = rows_at(space(), SHAPES, np.full(4, 0.2))
+    fast, _ = rows_at(space(), SHAPES, np.full(4, 1.0))
     assert (np.delete(slow, CLOCK_FEATURE, axis=1) == np.delete(fast, CLOCK_FEATURE, axis=1)).all()
 
 

@@ -126,7 +126,8 @@ def test_commands_train_evaluate_and_inspect(recordings, tmp_path, capsys):
         "coverage_ratio",
         "rows_count",
     ]
-    assert document["provenance"] == "simulated"
+    assert list(document)[5:] == ["breakdown", "details"]
+    assert document["details"]["provenance"] == "simulated"
     assert main(["inspect", str(bundle)]) == 0
     shown = capsys.readouterr().out
     assert "h200-sxm__qwen3-30b-a3b__tp1ep1" in shown

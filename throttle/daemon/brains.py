@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 from predictors.architecture import ModelArchitecture, from_catalogue, from_config_json
 from predictors.bundle import MANIFEST_FILE, find_bundle
 from predictors.errors import ArchitectureError, BundleError
-from predictors.predictor import load_predictor
+from predictors.features import Parallelism
+from predictors.predictor import Engine, load_predictor
 from throttle.control.controller import Controller
 from throttle.errors import InvalidInputError, NotFoundError
 
@@ -124,7 +125,13 @@ class ControllerFactory:
         else:
             path = self._only_bundle(architecture.name, profile)
         predictor = self._load(path)
-        _check_architecture(path, predictor.manifest.architecture, architecture)
+        trained = predictor.manifest.architecture
+        if predictor.manifest.kind == "generic" and gpu is not None:
+            spread = Parallelism(profile.tensor_parallel_count, profile.expert_parallel_count)
+            engine = Engine(gpu.name, architecture, spread, gpu.clocks_mhz)
+            predictor = load_predictor(path, engine)
+        elif trained is not None:
+            _check_architecture(path, trained, architecture)
         return EngineBrain(
             Controller(profile, predictor, self._settings),
             path.name,

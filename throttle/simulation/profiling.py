@@ -1,13 +1,15 @@
 """A load that shows an engine everything a predictor should have seen.
 
 A profiling run holds one load point after another: closed loops at batches from 1 to 256 with
-contexts from short to long, bare prompts of every chunk size, and idle pauses in between. Whoever
-drives it changes clocks meanwhile; this module only says which requests arrive.
+contexts from short to long and answers from two tokens to hundreds, bare prompts of every chunk
+size, and idle pauses. Whoever drives it changes clocks meanwhile; this module only says which
+requests arrive.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from throttle.simulation.requests import Request
@@ -16,6 +18,19 @@ from throttle.simulation.workload import Lengths
 if TYPE_CHECKING:
     import random
     from collections.abc import Sequence
+
+#: Steps of the golden ratio visit a list so that every beginning of it is spread over the whole.
+_GOLDEN_STEP = (math.sqrt(5.0) - 1.0) / 2.0
+
+#: Most prompt tokens that filling one load point may take: at the lowest clock more would eat
+#: minutes before the first token is generated.
+_FILLING_TOKENS_LIMIT = 262_144
+
+#: Idle power needs few pauses.
+_PAUSE_EVERY = 4
+
+#: Answers of a few tokens bring a prompt into every few iterations, long ones bring large contexts.
+_OUTPUTS = ((2, 8), (8, 64), (64, 512))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +47,33 @@ class LoadPoint:
     lengths: Lengths
     duration_seconds: float
 
+    def shapes(self, batched_tokens_limit: int) -> tuple[tuple[float, ...], ...]:
+        """What its iterations look like: one with a prompt, and one that only generates.
+
+        Columns are those of `predictors.prediction.SHAPE_COLUMNS`.
+        """
+        prompt = math.sqrt(self.lengths.prompt_tokens[0] * self.lengths.prompt_tokens[1])
+        output = math.sqrt(self.lengths.output_tokens[0] * self.lengths.output_tokens[1])
+        context = prompt + output / 2.0
+        others = float(self.concurrency - 1)
+        mixed = (
+            1.0,
+            min(prompt, batched_tokens_limit - others),
+            0.0,
+            others,
+            others * context,
+            others,
+        )
+        if output < 2.0:
+            return (mixed, mixed)
+        batch = float(self.concurrency)
+        return (mixed, (0.0, 0.0, 0.0, batch, batch * context, batch))
+
 
 def profiling_points(
     kv_tokens: int,
     batched_tokens_limit: int,
-    seconds_per_point: float = 8.0,
+    seconds_per_point: float = 2.0,
     largest_batch: int = 256,
     longest_context: int = 32768,
 ) -> tuple[LoadPoint, ...]:
@@ -45,30 +82,66 @@ def profiling_points(
     Args:
         kv_tokens: Tokens that the KV cache holds.
         batched_tokens_limit: Most tokens computed in one iteration.
-        seconds_per_point: Simulated time per point.
+        seconds_per_point: Time per point.
         largest_batch: Largest number of requests held.
         longest_context: Longest prompt.
+
+    Returns:
+        The points in an order of which every beginning is spread over the whole.
     """
-    points = []
+    points: list[LoadPoint] = []
     batch = 1
     while batch <= largest_batch:
         context = 128
-        while context <= longest_context and batch * context * 2 <= kv_tokens:
-            # Outputs of different lengths spread the requests' ends, so that prompts of newcomers
-            # mix with generation; short ones bring more of that mixture.
-            for outputs in ((8, 64), (64, 1024)):
-                lengths = Lengths((max(16, context // 2), context), outputs)
-                points.append(LoadPoint(batch, lengths, seconds_per_point))
+        room = min(kv_tokens // 2, _FILLING_TOKENS_LIMIT)
+        while context <= longest_context and batch * context <= room:
+            points.extend(
+                LoadPoint(
+                    batch, Lengths((max(16, context // 2), context), outputs), seconds_per_point
+                )
+                for outputs in _OUTPUTS
+            )
             context *= 4
         batch *= 2
     chunk = 64
     while chunk <= batched_tokens_limit:  # prompts alone: one token each, then gone
         lengths = Lengths((chunk // 2, chunk), (1, 1))
-        points.extend(
-            LoadPoint(concurrency, lengths, seconds_per_point / 4) for concurrency in (1, 4)
-        )
+        points.extend(LoadPoint(concurrency, lengths, seconds_per_point) for concurrency in (1, 4))
         chunk *= 2
-    return tuple(points)
+    positions = [(index * _GOLDEN_STEP) % 1.0 for index in range(len(points))]
+    # the k-th step of the sequence takes the point at its place in the list
+    order = sorted(range(len(points)), key=positions.__getitem__)
+    return tuple(points[index] for index in _inverse(order))
+
+
+def chosen_points(
+    points: Sequence[LoadPoint],
+    uncertainty: Sequence[float],
+    count: int,
+    generator: random.Random,
+) -> tuple[LoadPoint, ...]:
+    """Points to play next: more often where predictions are less sure.
+
+    Args:
+        points: All there are.
+        uncertainty: Of each, none negative.
+        count: How many to draw.
+        generator: Draws them.
+    """
+    mean = sum(uncertainty) / len(uncertainty) or 1.0
+    # a third of the draws ignores the uncertainty: an ensemble may agree and be wrong
+    weights = [0.5 + value / mean for value in uncertainty]
+    return tuple(
+        replace(point) for point in generator.choices(list(points), weights=weights, k=count)
+    )
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes this one."""
+    inverse = [0] * len(order)
+    for place, index in enumerate(order):
+        inverse[index] = place
+    return inverse
 
 
 class SweepingLoad:
@@ -76,14 +149,20 @@ class SweepingLoad:
 
     Args:
         points: The points, in order.
-        pause_seconds: Idle time between two points.
+        pause_seconds: Idle time before each fourth point; the others follow at once.
         generator: Source of lengths.
+        limit_seconds: No point begins after this time.
     """
 
     def __init__(
-        self, points: Sequence[LoadPoint], pause_seconds: float, generator: random.Random
+        self,
+        points: Sequence[LoadPoint],
+        pause_seconds: float,
+        generator: random.Random,
+        limit_seconds: float = math.inf,
     ) -> None:
         self._points = list(points)
+        self._limit_seconds = limit_seconds
         self._pause = pause_seconds
         self._generator = generator
         self._number = 0
@@ -116,10 +195,13 @@ class SweepingLoad:
         if now_seconds < self._point_ends:
             self._send(now_seconds)
         elif self._in_engine == 0 and not self._due:
-            self._begin_point(now_seconds + self._pause)
+            pause = self._pause if self._point_index % _PAUSE_EVERY == 0 else 0.0
+            self._begin_point(now_seconds + pause)
 
     def _begin_point(self, start_seconds: float) -> None:
         self._point_index += 1
+        if start_seconds >= self._limit_seconds:
+            self._point_index = len(self._points)
         if self._point_index >= len(self._points):
             return
         point = self._points[self._point_index]

@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Protocol
 
 from predictors.architecture import ModelArchitecture, from_catalogue, from_config_json
-from predictors.bundle import MANIFEST_FILE, find_bundle
+from predictors.bundle import MANIFEST_FILE, find_bundle, load_bundle
 from predictors.errors import ArchitectureError, BundleError
 from predictors.features import Parallelism
 from predictors.predictor import Engine, load_predictor
@@ -103,7 +103,7 @@ class ControllerFactory:
         self._directory = bundles_directory
         self._settings = settings
         self._lock = threading.Lock()
-        self._predictors: dict[Path, tuple[int, BundlePredictor]] = {}
+        self._predictors: dict[tuple[Path, Engine | None], tuple[int, BundlePredictor]] = {}
 
     def build(self, profile: EngineProfile, gpu: GpuModel | None) -> EngineBrain:
         """Find, load and check the bundle for an engine.
@@ -114,7 +114,10 @@ class ControllerFactory:
             BundleError: There is no bundle for this engine, or it is damaged or made for another.
         """
         architecture = _architecture(profile)
+        engine = None
         if gpu is not None:
+            spread = Parallelism(profile.tensor_parallel_count, profile.expert_parallel_count)
+            engine = Engine(gpu.name, architecture, spread, gpu.clocks_mhz)
             path = find_bundle(
                 self._directory,
                 gpu.name,
@@ -124,13 +127,9 @@ class ControllerFactory:
             )
         else:
             path = self._only_bundle(architecture.name, profile)
-        predictor = self._load(path)
+        predictor = self._load(path, engine)
         trained = predictor.manifest.architecture
-        if predictor.manifest.kind == "generic" and gpu is not None:
-            spread = Parallelism(profile.tensor_parallel_count, profile.expert_parallel_count)
-            engine = Engine(gpu.name, architecture, spread, gpu.clocks_mhz)
-            predictor = load_predictor(path, engine)
-        elif trained is not None:
+        if trained is not None:  # a table of another tool's points says nothing of the model
             _check_architecture(path, trained, architecture)
         return EngineBrain(
             Controller(profile, predictor, self._settings),
@@ -142,23 +141,25 @@ class ControllerFactory:
         """Load every bundle, which compiles what they share."""
         for manifest in sorted(self._directory.glob(f"*/{MANIFEST_FILE}")):
             try:
-                predictor = self._load(manifest.parent)
+                generic = load_bundle(manifest.parent).manifest.kind == "generic"
+                # a generic bundle predicts only once an engine says what it serves
+                reason = "" if generic else self._load(manifest.parent, None).fallback_reason
             except BundleError as error:
                 yield manifest.parent.name, str(error)
             else:
-                yield manifest.parent.name, predictor.fallback_reason
+                yield manifest.parent.name, reason
 
-    def _load(self, path: Path) -> BundlePredictor:
+    def _load(self, path: Path, engine: Engine | None) -> BundlePredictor:
         # a bundle that was trained anew is read anew; predictors keep no state between calls
         try:
             written = (path / MANIFEST_FILE).stat().st_mtime_ns
         except OSError as error:
             raise BundleError(f"bundle {path} cannot be read: {error}") from None
         with self._lock:
-            known = self._predictors.get(path)
+            known = self._predictors.get((path, engine))
             if known is None or known[0] != written:
-                known = (written, load_predictor(path))
-                self._predictors[path] = known
+                known = (written, load_predictor(path, engine))
+                self._predictors[path, engine] = known
             return known[1]
 
     def _only_bundle(self, model_name: str, profile: EngineProfile) -> Path:

@@ -44,23 +44,23 @@ _POINTS_COUNT = 1200
 
 
 def parity(
-    measured: NDArray[np.float64],
+    recorded: NDArray[np.float64],
     predicted: NDArray[np.float64],
     phases: NDArray[np.intp],
     unit: str,
     *,
     logarithmic: bool,
 ) -> str:
-    """Predicted over measured values, with the line on which they agree."""
+    """Predicted over recorded values, with the line on which they agree."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(4.7, 4.2), layout="constrained")
         axis = figure.subplots()
-        chosen = _thinned(len(measured))
+        chosen = _thinned(len(recorded))
         for phase, name in enumerate(("decode", "with prompts")):
             rows = chosen[phases[chosen] == phase]
             if len(rows):
                 axis.plot(
-                    measured[rows],
+                    recorded[rows],
                     predicted[rows],
                     ".",
                     color=COLORS[phase],
@@ -68,15 +68,15 @@ def parity(
                     alpha=0.5,
                     label=name,
                 )
-        ends = [float(measured.min()), float(measured.max())]
+        ends = [float(recorded.min()), float(recorded.max())]
         axis.plot(ends, ends, color=_INK, linewidth=0.9)
         if logarithmic:
             axis.set_xscale("log")
             axis.set_yscale("log")
-        axis.set_xlabel(f"measured ({unit})")
+        axis.set_xlabel(f"recorded ({unit})")
         axis.set_ylabel(f"predicted ({unit})")
         axis.legend(loc="upper left", markerscale=3)
-        return svg(figure, f"parity-{unit}", f"Predicted over measured {unit}")
+        return svg(figure, f"parity-{unit}", f"Predicted over recorded {unit}")
 
 
 def residuals(
@@ -93,7 +93,7 @@ def residuals(
                 _draw_bands(axis, clocks_mhz, values, phases == phase, COLORS[phase])
             axis.axhline(0.0, color=_INK, linewidth=0.8)
             axis.set_xlabel("SM clock (MHz)")
-            axis.set_ylabel(f"{name}: predicted / measured - 1")
+            axis.set_ylabel(f"{name}: predicted / recorded - 1")
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         return svg(figure, "residuals", "Relative error over clock")
 

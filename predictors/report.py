@@ -113,7 +113,7 @@ def page(
     sections = (
         _section(
             "By load and clock",
-            "Mean absolute errors relative to what was measured.",
+            "Mean absolute errors relative to what was recorded.",
             _table(document),
         ),
         _section(

@@ -224,3 +224,15 @@ def test_the_chosen_clock_keeps_the_mean_gap_in_the_long_run(engine, limit):
 def seconds_at_fastest(generated):
     shape = np.array([[0, 0, 0, 16, 16 * (100 + generated), 16.0]])
     return float(PREDICTOR.predict(shape).latency_seconds[0, -1])
+
+
+def test_the_ceiling_holds_where_no_clock_is_feasible(engine):
+    """A TTFT that is savable only without its guard leaves no clock feasible."""
+    controller = _controller(ceiling_clock_ratio=0.8, ttft_guard_ratio=0.1)
+    _run(controller, engine, 800)
+    engine.arrive(50, prompt=1500, slos=Slos(ttft_seconds=0.3))
+    state = engine.state(Phase.HEARTBEAT, seconds=0.001)
+    controller.observe(state, 795)
+    decision = controller.decide(state)
+    assert decision.reason is Reason.INFEASIBLE
+    assert decision.target_clock_mhz == 1575

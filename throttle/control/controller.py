@@ -334,7 +334,8 @@ class Controller:
         else:
             feasible = (judgement.slack.least() >= 0.0) & self._allowed
             index, reason = self._selector.choose(feasible, self._long_run_power_watts(), now)
-            index = min(index, self._ceiling)
+            # Where none is feasible the fastest is chosen; the operator's ceiling holds there too.
+            index = self._selector.jump(min(index, self._ceiling), now)
         return Decision(
             target_clock_mhz=int(self._clocks_mhz[index]),
             reason=reason,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import threading
@@ -48,6 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if engine.silent.is_set():
                 engine.released.wait(20.0)
+                return
             self.send_response(engine.status)
             self.end_headers()
             if engine.status != 200:
@@ -60,6 +62,10 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with engine.lock:
                 engine.running -= 1
+
+    def finish(self):
+        with contextlib.suppress(BrokenPipeError):  # the client gave up
+            super().finish()
 
     def _event(self, event):
         self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
@@ -116,7 +122,7 @@ def test_a_silent_engine_ends_a_request_after_the_timeout(engine):
 def test_an_engine_that_only_fails_stops_the_load(engine):
     engine.status = 404
     requests = (Request(number, 0.0, 4, 3) for number in range(1, 10_000))
-    with pytest.raises(ThrottleError, match="failed 20 requests in a row.*status 404"):
+    with pytest.raises(ThrottleError, match=r"failed 20 requests in a row.*status 404"):
         _load(engine, Limits(30.0, concurrency_count=4)).run(requests)
     assert len(engine.bodies) < 100
 
@@ -146,11 +152,9 @@ def test_what_would_not_end_or_goes_nowhere_is_refused(make):
 
 def test_the_command_plays_poisson_arrivals_and_writes_the_figures(engine, tmp_path, capsys):
     path = tmp_path / "figures.json"
-    status = main(
-        ["load", "--url", engine.url, "--model", "model", "--rate", "500", "--requests", "30"]
-        + ["--output-tokens", "2", "4", "--json", str(path)]
-    )
-    assert status == 0
+    arguments = ["--rate", "500", "--requests", "30", "--output-tokens", "2", "4"]
+    arguments += ["--json", str(path)]
+    assert main(["load", "--url", engine.url, "--model", "model", *arguments]) == 0
     figures = json.loads(path.read_text("utf-8"))
     assert figures == json.loads(capsys.readouterr().out)
     assert figures["completed_count"] == 30

@@ -1,7 +1,7 @@
 """A bounded load for engines that serve the OpenAI completions protocol, and what came of it.
 
-Requests are sent when they are due (open loop), never more at once than a stated number. Prompts are
-lists of random token numbers: their length is exact whatever the tokenizer, and no prefix cache
+Requests are sent when they are due (open loop), never more at once than a stated number. Prompts
+are lists of random token numbers: their length is exact whatever the tokenizer, and no prefix cache
 knows them.
 """
 
@@ -64,9 +64,8 @@ class Endpoint:
     def connect(self) -> http.client.HTTPConnection:
         """A connection of its own for each request, closed by whoever asked for it."""
         parts = urllib.parse.urlsplit(self.url)
-        kind = (
-            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        )
+        secure = parts.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         assert parts.hostname is not None  # noqa: S101 - checked when made
         return kind(parts.hostname, parts.port, timeout=self.timeout_seconds)
 
@@ -143,9 +142,10 @@ class LoadGenerator:
         self._generator = generator
         self._stopped = threading.Event()
         self._slots = threading.Semaphore(limits.concurrency_count)
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards the three below
         self._answers: list[Answer] = []
         self._failures_in_a_row = 0
+        self._given_up = ""
         self._began = 0.0
 
     def run(self, requests: Iterable[Request]) -> list[Answer]:
@@ -163,17 +163,16 @@ class LoadGenerator:
                 for request in itertools.islice(requests, self._limits.requests_count):
                     if not self._wait_for(request):
                         break
-                    prompt = self._generator.choices(
-                        range(*_TOKEN_NUMBERS), k=request.prompt_tokens
-                    )
+                    numbers = range(*_TOKEN_NUMBERS)
+                    prompt = self._generator.choices(numbers, k=request.prompt_tokens)
                     pool.submit(self._send, request, prompt)
             except BaseException:
                 self._stopped.set()  # running streams end at their next token
                 raise
-        if self._failures_in_a_row >= _FAILURES_LIMIT:
+        if self._given_up:
             raise ThrottleError(
                 f"{self._endpoint.url} failed {_FAILURES_LIMIT} requests in a row, the last: "
-                f"{self._answers[-1].failure}. Is the engine up, and is --model the name it serves?"
+                f"{self._given_up}. Is the engine up, and is --model the name it serves?"
             )
         return self._answers
 
@@ -208,6 +207,7 @@ class LoadGenerator:
             self._answers.append(answer)
             self._failures_in_a_row = self._failures_in_a_row + 1 if answer.failure else 0
             if self._failures_in_a_row >= _FAILURES_LIMIT:
+                self._given_up = self._given_up or answer.failure
                 self._stopped.set()
 
     def _ask(self, request: Request, prompt: Sequence[int], late: float) -> Answer:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from predictors.features import Space
 
 #: Version of the directory's layout and of what the features mean.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 #: What a bundle is about -> the features of its trees. "model": one model, spread in one way, on
 #: one kind of GPU. "generic": any model on any known GPU, once it is bound to them. "table": the

@@ -26,7 +26,7 @@ _OLD_KV_RATIO = 0.25
 
 
 def phases_of(shapes: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Index in `PHASES` of each of (K, 6) shapes, (K,)."""
+    """Index in `PHASES` of each of (K, 7) shapes, (K,)."""
     requests, tokens, old = shapes[:, 0], shapes[:, 1], shapes[:, 2]
     phases = (tokens > 0.0).astype(np.intp)
     phases += (requests > 1.5) & (old > _OLD_KV_RATIO * tokens) & (tokens > 0.0)

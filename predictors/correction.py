@@ -71,7 +71,7 @@ class OnlineCorrection:
         """Take in one iteration.
 
         Args:
-            shape: (6,) what it computed.
+            shape: (7,) what it computed.
             clock_ratio: Clock that it ran at over the maximum clock.
             observed_seconds: Its duration.
             predicted_seconds: Expected duration at that clock, uncorrected.
@@ -115,7 +115,7 @@ class OnlineCorrection:
         shapes: NDArray[np.float64],
         clock_ratios: NDArray[np.float64],
     ) -> Prediction:
-        """The prediction of (K, 6) shapes at C clocks, corrected, and monotone in clock as before.
+        """The prediction of (K, 7) shapes at C clocks, corrected, and monotone in clock as before.
 
         Args:
             prediction: Arrays (K, C).

@@ -44,6 +44,7 @@ RECORD_COLUMNS: dict[str, str] = {
     "sum_decode_kv_tokens": "int64",
     "var_decode_kv_tokens": "float64",
     "num_decode_tokens": "int64",  # null: one for each decoding request
+    "prefill_attention_pairs": "float64",  # null: estimated from the sums
     "queued_num_prefill_requests": "int64",
     "queued_sum_prefill_tokens": "int64",
     "queued_var_prefill_length": "float64",
@@ -74,6 +75,7 @@ NULLABLE_COLUMNS: frozenset[str] = frozenset(
         "var_prefill_length",
         "var_decode_kv_tokens",
         "num_decode_tokens",
+        "prefill_attention_pairs",
         *(name for name in RECORD_COLUMNS if name.startswith("queued_")),
         "kv_used_blocks_count",
         "kv_total_blocks_count",

@@ -41,7 +41,7 @@ def predict_rows(
 
     Args:
         predictor: The predictor as it serves.
-        shapes: (N, 6).
+        shapes: (N, 7).
         clocks_mhz: (N,); outside the candidate clocks the nearest one counts.
 
     Returns:

@@ -11,6 +11,7 @@ import numpy as np
 from predictors.active_experts import ActiveExperts, Routing
 from predictors.analytic import Layers, NominalGpu, Roofline
 from predictors.errors import PredictorsError
+from predictors.prediction import SHAPE_COLUMNS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +32,7 @@ FEATURES: dict[str, str] = {
     "decode_tokens": "tokens",
     "tokens": "tokens",
     "mean_decode_kv_tokens": "tokens / request",
-    "prefill_attention_pairs": "query-key pairs",
+    "prefill_attention_pairs": "query-key pairs / fullest GPU",
     "active_experts_count": "experts / layer",
     "fullest_rank_experts_count": "experts / layer and GPU",
     "tokens_per_active_expert": "tokens / expert",
@@ -59,9 +60,9 @@ ENVELOPE_FEATURES: tuple[str, ...] = (
 
 
 def envelope_columns(shapes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Load features of (K, 6) shapes, (K, 8), columns as in `ENVELOPE_FEATURES`."""
+    """Load features of (K, 7) shapes, (K, 8), columns as in `ENVELOPE_FEATURES`."""
     columns = np.empty((len(shapes), len(ENVELOPE_FEATURES)))
-    columns[:, :6] = shapes
+    columns[:, :6] = shapes[:, :6]
     columns[:, 6] = shapes[:, 1] + shapes[:, 5]
     columns[:, 7] = shapes[:, 4] / np.maximum(shapes[:, 3], 1.0)
     return columns
@@ -92,19 +93,21 @@ class Parallelism:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one GPU does in an iteration; arrays are (K,), projections read the same bytes always.
+    """What the fullest GPU does in an iteration; arrays are (K,).
+
+    Projections read the same bytes always.
 
     Attributes:
         active_experts_count: Expected active experts per layer over all GPUs.
         fullest_rank_experts_count: The same on the GPU that has most.
-        prefill_attention_pairs: Query-key pairs of prompt attention.
+        prefill_attention_pairs: Query-key pairs of prompt attention, all heads of a GPU as one.
         expert_bytes: Bytes of active routed experts over all layers.
         expert_flops: FLOP in routed experts.
         projection_bytes: Bytes of all other weights.
         projection_flops: FLOP with these weights.
         attention_flops: FLOP of prompt attention.
         kv_bytes: Bytes of KV read and written.
-        sequences_count: Requests in the iteration.
+        sequences_count: Requests that it attends for.
         communication_bytes: Bytes of activations that all-reduces move.
         activation_bytes: Bytes of activations that experts read and write.
     """
@@ -123,6 +126,52 @@ class Work:
     activation_bytes: NDArray[np.float64]
 
 
+def fullest_replica(columns: NDArray[np.float64], replicas_count: float) -> NDArray[np.float64]:
+    """The share of the work that the fullest of several attention replicas does.
+
+    Requests are dealt to the replicas. Decodes spread evenly; of few prompts the longest chunk
+    decides. Chunked prefill continues one prompt and then starts others, so one chunk is taken to
+    hold all old KV, and the others to be alike: tokens T, old KV K and pairs P of n prompts then
+    give the tokens t of that chunk,
+
+        t K + t^2 / 2 + (T - t)^2 / (2 (n - 1)) = P.
+
+    Args:
+        columns: (7, K), rows as in `SHAPE_COLUMNS`.
+        replicas_count: How many replicas.
+    """
+    share = columns * (1.0 / replicas_count)
+    prompts = columns[:3]
+    if not prompts[0].any():
+        return share
+    few = prompts[0] <= replicas_count
+    whole = np.where(few, columns, share)
+    share[:3], share[6] = whole[:3], whole[6]
+    np.minimum(share[0], np.maximum(1.0, prompts[0] / replicas_count), out=share[0])
+    several = few & (prompts[0] > 1.0)
+    if several.any():
+        share[1:3, several], share[6, several] = _longest_chunk(columns[:, several])
+    return share
+
+
+def _longest_chunk(
+    columns: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Tokens and old KV of the longest of several chunks, (2, K), and its pairs, (K,)."""
+    requests, tokens, old, pairs = columns[[0, 1, 2, 6]]
+    others = requests - 1.0
+    np.maximum(others, 1.0, out=others)
+    square = 0.5 + 0.5 / others
+    linear = old - tokens / others
+    constant = 0.5 * tokens**2 / others - pairs
+    root = np.sqrt(np.maximum(linear**2 - 4.0 * square * constant, 0.0))
+    continued = np.clip((root - linear) / (2.0 * square), 0.0, tokens)
+    started = (tokens - continued) / others
+    chunk = np.maximum(continued, started)
+    chunk_old = np.where(started > continued, 0.0, old)
+    return np.stack([chunk, chunk_old]), chunk * (chunk_old + 0.5 * chunk)
+
+
 class Space(Protocol):
     """What turns shapes into a model's features and the terms that both bases are made of."""
 
@@ -132,7 +181,7 @@ class Space(Protocol):
         ...
 
     def build(self, shapes: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Features (F, K) with the clock left at one, and terms (T, K), of (K, 6) shapes."""
+        """Features (F, K) with the clock left at one, and terms (T, K), of (K, 7) shapes."""
         ...
 
 
@@ -143,7 +192,7 @@ def rows_at(
 
     Args:
         space: What makes the features.
-        shapes: (N, 6).
+        shapes: (N, 7).
         clock_ratios: (N,) clock over maximum clock.
 
     Returns:
@@ -155,13 +204,13 @@ def rows_at(
 
 
 def checked_columns(shapes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The columns of (K, 6) shapes as rows, (6, K).
+    """The columns of (K, 7) shapes as rows, (7, K).
 
     Raises:
         PredictorsError: If the matrix has another width, or a row has no work.
     """
-    if shapes.ndim != 2 or shapes.shape[1] != 6:
-        raise PredictorsError(f"shapes have the form {shapes.shape}; allowed: (K, 6)")
+    if shapes.ndim != 2 or shapes.shape[1] != len(SHAPE_COLUMNS):
+        raise PredictorsError(f"shapes have the form {shapes.shape}; allowed: (K, 7)")
     columns = np.ascontiguousarray(shapes.T)
     if not ((columns[1] + columns[5]) > 0.0).all() or not math.isfinite(columns.sum()):
         raise PredictorsError("a shape has no tokens or NaN; allowed: finite rows with work")
@@ -207,6 +256,8 @@ class FeatureSpace:
         self.roofline = Roofline(layers, model.weight_bytes, gpu)
         ranks = parallelism.expert_parallel_count
         self._ranks = ranks
+        # GPUs that only share experts each attend for requests of their own
+        self._replicas = max(1, ranks // tp)
         # Gaussian estimate of the largest of `ranks` counts: mean + deviation * sqrt(2 ln ranks)
         self._spread = math.sqrt(2.0 * math.log(ranks))
         self._bytes_per_expert = (
@@ -264,11 +315,10 @@ class FeatureSpace:
         """Work of K iterations on the busiest GPU.
 
         Args:
-            columns: (6, K), rows as in `SHAPE_COLUMNS`.
+            columns: (7, K), rows as in `SHAPE_COLUMNS`.
         """
-        requests, prefill, prefill_kv, decoding, decode_kv, decode = columns
         model = self.architecture
-        tokens = prefill + decode
+        tokens = columns[1] + columns[5]
         active = self._active_experts(tokens)
         if self._active_experts_ratio != 1.0:
             active = np.minimum(active * self._active_experts_ratio, model.experts_count)
@@ -279,15 +329,17 @@ class FeatureSpace:
             missed = 1.0 - active / model.experts_count
             fullest = fullest + self._spread * np.sqrt(fullest * missed)
             np.minimum(fullest, model.experts_count / self._ranks, out=fullest)
-        # n equal prompts of c new tokens over k old ones: n * (c * k + c^2 / 2) pairs
-        pairs = prefill * (prefill_kv + 0.5 * prefill) / np.maximum(requests, 1.0)
+        if self._replicas > 1:
+            columns = fullest_replica(columns, float(self._replicas))
+        requests, prefill, prefill_kv, decoding, decode_kv, decode, pairs = columns
+        local = prefill + decode  # tokens that this GPU attends for
         attention_flops = pairs * self._full_pair_flops
-        kv_bytes = (decode_kv + prefill_kv + tokens) * self._full_kv_bytes
+        kv_bytes = (decode_kv + prefill_kv + local) * self._full_kv_bytes
         if self._windowed_kv_bytes:
             window = model.sliding_window_tokens
             attention_flops += np.minimum(pairs, prefill * window) * self._windowed_pair_flops
             near = np.minimum(decode_kv + prefill_kv, (decoding + requests) * window)
-            kv_bytes += (near + tokens) * self._windowed_kv_bytes
+            kv_bytes += (near + local) * self._windowed_kv_bytes
         return Work(
             active,
             fullest,
@@ -295,11 +347,11 @@ class FeatureSpace:
             fullest * self._bytes_per_expert,
             tokens * self._expert_flops_per_token,
             self._projection_bytes,
-            tokens * self._flops_per_token + (decode + requests) * self._flops_per_logit,
+            local * self._flops_per_token + (decode + requests) * self._flops_per_logit,
             attention_flops,
             kv_bytes,
             decoding + requests,
-            tokens * self._communication_bytes,
+            local * self._communication_bytes,
             tokens * self._activation_bytes,
         )
 
@@ -307,7 +359,7 @@ class FeatureSpace:
         """Features without the clock, and the roofline's terms.
 
         Args:
-            shapes: (K, 6), columns as in `SHAPE_COLUMNS`; fractions allowed.
+            shapes: (K, 7), columns as in `SHAPE_COLUMNS`; fractions allowed.
 
         Returns:
             Features (F, K) in the order of `features`, row `CLOCK_FEATURE` left at one; terms
@@ -330,7 +382,7 @@ class FeatureSpace:
         total = memory + compute + terms[0]
         features = np.empty((len(FEATURES), len(tokens)), dtype=np.float32)
         features[0] = 1.0
-        features[1:7] = columns
+        features[1:7] = columns[:6]
         features[7] = tokens
         features[8] = columns[4] / np.maximum(columns[3], 1.0)
         features[9] = work.prefill_attention_pairs

@@ -177,7 +177,7 @@ def energy_regret(
 
     Args:
         predictor: The predictor; its upper bound must keep the limit.
-        shapes: (K, 6) loads.
+        shapes: (K, 7) loads.
         true_seconds: (K, C) true latency at the predictor's clocks.
         true_watts: (K, C) true power.
         slowdown_limit: Limit of latency over that at the highest clock.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, overload
+
+import numpy as np
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 #: Columns of a shape matrix, in order. A shape says what one iteration computes; values may be
@@ -18,7 +19,35 @@ SHAPE_COLUMNS: tuple[str, ...] = (
     "decode_requests_count",  # requests that generate
     "decode_kv_tokens",  # their context lengths, summed
     "decode_tokens",  # tokens they feed: one each without speculative decoding
+    "prefill_attention_pairs",  # query-key pairs of the prompts: new * (in KV + new / 2), summed
 )
+
+
+@overload
+def estimated_attention_pairs(requests: float, tokens: float, kv_tokens: float) -> float: ...
+
+
+@overload
+def estimated_attention_pairs(
+    requests: NDArray[np.float64], tokens: NDArray[np.float64], kv_tokens: NDArray[np.float64]
+) -> NDArray[np.float64]: ...
+
+
+def estimated_attention_pairs(
+    requests: NDArray[np.float64] | float,
+    tokens: NDArray[np.float64] | float,
+    kv_tokens: NDArray[np.float64] | float,
+) -> NDArray[np.float64] | float:
+    """Query-key pairs of prompts of which only sums are known: as if all computed equally much.
+
+    It then does not matter which of them has how much in KV.
+
+    Args:
+        requests: Prompts being computed.
+        tokens: Prompt tokens computed, summed.
+        kv_tokens: Tokens of those prompts already in KV, summed.
+    """
+    return tokens * (kv_tokens + 0.5 * tokens) / np.maximum(requests, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +61,7 @@ class BatchShape:
         decode_requests_count: Requests that generate.
         decode_kv_tokens: Their context lengths, summed, in tokens.
         decode_tokens: Tokens they feed; equal to their number without speculative decoding.
+        prefill_attention_pairs: Query-key pairs of the prompts; None to estimate them.
     """
 
     prefill_requests_count: float = 0.0
@@ -40,9 +70,15 @@ class BatchShape:
     decode_requests_count: float = 0.0
     decode_kv_tokens: float = 0.0
     decode_tokens: float = 0.0
+    prefill_attention_pairs: float | None = None
 
     def row(self) -> tuple[float, ...]:
         """Values in the order of `SHAPE_COLUMNS`."""
+        pairs = self.prefill_attention_pairs
+        if pairs is None:
+            pairs = estimated_attention_pairs(
+                self.prefill_requests_count, self.prefill_tokens, self.prefill_kv_tokens
+            )
         return (
             self.prefill_requests_count,
             self.prefill_tokens,
@@ -50,6 +86,7 @@ class BatchShape:
             self.decode_requests_count,
             self.decode_kv_tokens,
             self.decode_tokens,
+            float(pairs),
         )
 
 
@@ -82,7 +119,7 @@ class Predictor(Protocol):
         ...
 
     def predict(self, shapes: NDArray[np.float64]) -> Prediction:
-        """Predict a (K, 6) matrix of shapes, columns as in `SHAPE_COLUMNS`, at every clock.
+        """Predict a (K, 7) matrix of shapes, columns as in `SHAPE_COLUMNS`, at every clock.
 
         Latency never rises and power never falls with clock. A row of zeros (no work) is not
         allowed.

@@ -13,7 +13,7 @@ from predictors.analytic import TERMS
 from predictors.bundle import Bundle, load_bundle
 from predictors.calibration import phases_of
 from predictors.features import CLOCK_FEATURE, ENVELOPE_FEATURES, envelope_columns
-from predictors.prediction import Prediction
+from predictors.prediction import BatchShape, Prediction
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,7 +116,7 @@ class BundlePredictor(ABC):
 
     @abstractmethod
     def predict(self, shapes: NDArray[np.float64]) -> Prediction:
-        """Predict a (K, 6) matrix of shapes at every clock; see `Predictor.predict`.
+        """Predict a (K, 7) matrix of shapes at every clock; see `Predictor.predict`.
 
         Raises:
             PredictorsError: If the matrix has another form, or a row has no work.
@@ -132,7 +132,9 @@ class BundlePredictor(ABC):
 
     def warm_up(self) -> None:
         """Do what is slow only once, before serving."""
-        shapes = np.array([[1.0, 128.0, 0.0, 8.0, 4096.0, 8.0], [0.0, 0.0, 0.0, 8.0, 4096.0, 8.0]])
+        mixed = BatchShape(1.0, 128.0, 0.0, 8.0, 4096.0, 8.0)
+        decode = BatchShape(0.0, 0.0, 0.0, 8.0, 4096.0, 8.0)
+        shapes = np.array([mixed.row(), decode.row()])
         self.predict(shapes)
         self.covers(shapes)
 
@@ -161,7 +163,7 @@ class XGBoostPredictor(BundlePredictor):
         return self._fallback_reason
 
     def predict(self, shapes: NDArray[np.float64]) -> Prediction:
-        """Predict a (K, 6) matrix of shapes at every clock; see `Predictor.predict`."""
+        """Predict a (K, 7) matrix of shapes at every clock; see `Predictor.predict`."""
         features, terms = self._space.build(shapes)
         form = (features.shape[1], len(self._clock_ratios))
         rows = np.repeat(features.T, form[1], axis=0)

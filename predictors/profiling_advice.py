@@ -61,7 +61,7 @@ def advise(
 
     Args:
         records: Of one model on one kind of GPU.
-        shapes: (P, S, 6): S shapes for each of P loads that could be played next.
+        shapes: (P, S, 7): S shapes for each of P loads that could be played next.
         clocks_mhz: (C,) clocks to judge them at.
 
     Raises:
@@ -107,7 +107,7 @@ def _asked(
     like: FittingRows,
 ) -> FittingRows:
     """Every shape at every clock as rows; what they took is not known."""
-    flat = np.repeat(shapes.reshape(-1, 6), len(clock_ratios), axis=0)
+    flat = np.repeat(shapes.reshape(-1, shapes.shape[-1]), len(clock_ratios), axis=0)
     ratios = np.tile(clock_ratios, len(flat) // len(clock_ratios))
     features, terms = rows_at(space, flat, ratios)
     unknown = np.full(len(ratios), np.nan)

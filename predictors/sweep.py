@@ -172,7 +172,7 @@ class SweepPredictor(BundlePredictor):
         )
 
     def predict(self, shapes: NDArray[np.float64]) -> Prediction:
-        """Predict a (K, 6) matrix of shapes at every clock; see `Predictor.predict`."""
+        """Predict a (K, 7) matrix of shapes at every clock; see `Predictor.predict`."""
         features, terms = self._space.build(shapes)
         rows = np.ascontiguousarray(features.T)
         latency = self._margins(self._latency, rows)

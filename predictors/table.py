@@ -18,6 +18,7 @@ import pandas as pd
 from predictors.analytic import LatencyBase, checked_coefficients, fit_nonnegative
 from predictors.errors import RecordsError
 from predictors.features import checked_columns
+from predictors.prediction import estimated_attention_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -87,7 +88,7 @@ class Table:
 
     Attributes:
         gpu: Its name as the table has it.
-        shapes: (N, 6), columns as in `SHAPE_COLUMNS`.
+        shapes: (N, 7), columns as in `SHAPE_COLUMNS`.
         clocks_mhz: (N,).
         seconds: (N,).
         watts: (N,), NaN where empty.
@@ -114,14 +115,13 @@ class TableSpace:
         return TABLE_FEATURES
 
     def build(self, shapes: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Features (F, K) with the clock left at one, and terms (T, K), of (K, 6) shapes.
+        """Features (F, K) with the clock left at one, and terms (T, K), of (K, 7) shapes.
 
         Raises:
             PredictorsError: If a row has no work, or the matrix has another width.
         """
         columns = checked_columns(shapes)
-        requests, prefill, prefill_kv, decoding, decode_kv, decode = columns
-        pairs = prefill * (prefill_kv + 0.5 * prefill) / np.maximum(requests, 1.0)
+        requests, prefill, _, decoding, decode_kv, decode, pairs = columns
         context = decode_kv / np.maximum(decoding, 1.0)
         decodes = (decode > 0.0).astype(np.float64)
         saturations = [
@@ -271,6 +271,7 @@ def _table(gpu: str, rows: pd.DataFrame) -> Table:
             np.where(prompt, none, batch),
             np.where(prompt, none, tokens),
             np.where(prompt, none, batch),
+            np.where(prompt, estimated_attention_pairs(batch, tokens, none), none),
         ]
     )
     return Table(

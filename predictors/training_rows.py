@@ -11,6 +11,7 @@ import pandas as pd
 
 from predictors.dataset import SOURCE_COLUMN
 from predictors.errors import RecordsError
+from predictors.prediction import estimated_attention_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,7 +47,7 @@ class TrainingFrame:
     """Rows that a model can learn from, as arrays of length N (idle ones of length M).
 
     Attributes:
-        shapes: (N, 6), columns as in `SHAPE_COLUMNS`.
+        shapes: (N, 7), columns as in `SHAPE_COLUMNS`.
         clocks_mhz: Clock that the iteration ran at, or was asked to when the power limit held it.
         seconds: Duration of the iteration.
         watts: Power of one GPU; NaN where the row does not tell.
@@ -219,14 +220,18 @@ def _with_capped_clocks(
 def _shapes(frame: pd.DataFrame) -> NDArray[np.float64]:
     decoding = frame["num_decode_requests"].to_numpy()
     fed = frame["num_decode_tokens"].to_numpy()
+    prompts = [
+        frame[name].to_numpy()
+        for name in ("num_prefill_requests", "sum_prefill_tokens", "sum_prefill_kv_tokens")
+    ]
+    pairs = frame["prefill_attention_pairs"].to_numpy()
     return np.column_stack(
         [
-            frame["num_prefill_requests"].to_numpy(),
-            frame["sum_prefill_tokens"].to_numpy(),
-            frame["sum_prefill_kv_tokens"].to_numpy(),
+            *prompts,
             decoding,
             frame["sum_decode_kv_tokens"].to_numpy(),
             np.where(np.isnan(fed), decoding, fed),
+            np.where(np.isnan(pairs), estimated_attention_pairs(*prompts), pairs),
         ]
     )
 

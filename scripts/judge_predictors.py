@@ -215,7 +215,7 @@ def _generic_rows(folder: Path) -> list[SubjectRows]:
 def _truth(
     plant: Plant, shape: NDArray[np.float64], clocks_mhz: NDArray[np.int64]
 ) -> tuple[list[float], list[float]]:
-    requests, prefill, old, decoding, decode_kv, _ = (round(value) for value in shape)
+    requests, prefill, old, decoding, decode_kv = (round(value) for value in shape[:5])
     work = IterationWork(
         prefill_chunks=((prefill, old),) if requests else (),
         decode_requests_count=decoding,

@@ -23,6 +23,8 @@ COMMANDS: Final = {
     "release": "return GPUs to default clocks now",
     "demo": "play a real trace on a simulated GPU, at maximum clock and throttled",
     "profile": "drive clocks over an exploration plan and record iterations",
+    "profile-engine": "record real engines while clocks follow an exploration plan",
+    "load": "send a bounded load to an engine that serves OpenAI completions",
     "plant": "what one iteration costs on the simulated GPU",
     "compare": "compare clock policies on a simulated GPU",
     "replay": "run the controller again over a recorded stream",

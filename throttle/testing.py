@@ -62,7 +62,7 @@ class FormulaPredictor:
         return self.static_watts * (1.0 + 2.0 * self._power_factor()) / 3.0
 
     def predict(self, shapes: NDArray[np.float64]) -> Prediction:
-        """Evaluate the formulas for a (K, 6) matrix of shapes."""
+        """Evaluate the formulas for a (K, 7) matrix of shapes."""
         ratio = self.clocks_mhz / self.clocks_mhz[-1]
         decode, kv_tokens = shapes[:, 3:4], shapes[:, 4:5] + shapes[:, 2:3]
         memory = decode * self.seconds_per_decode + kv_tokens * self.seconds_per_kv_token

@@ -236,3 +236,22 @@ def test_the_ceiling_holds_where_no_clock_is_feasible(engine):
     decision = controller.decide(state)
     assert decision.reason is Reason.INFEASIBLE
     assert decision.target_clock_mhz == 1575
+
+
+@pytest.mark.parametrize(("idle_seconds", "ratio"), [(0.0, 1.3), (0.005, 1.0)])
+def test_only_power_of_windows_that_the_iteration_fills_corrects_predictions(
+    engine, idle_seconds, ratio
+):
+    controller = _controller()
+    truth = float(PREDICTOR.predict(np.ones((1, 7))).power_watts[0, -1])
+    for number in range(1, 9):
+        engine.arrive(number)
+        engine.running[number] = (100, 1)
+    for _ in range(1500):
+        engine.now += idle_seconds
+        state = engine.state()
+        controller.observe(state, FASTEST, 1.3 * truth)
+        decision = controller.decide(state)
+        engine.running = {n: (c, g + 1) for n, (c, g) in engine.running.items()}
+    assert controller.power_bias_ratio == pytest.approx(ratio, rel=0.01)
+    assert decision.predicted_default_power_watts == pytest.approx(ratio * truth, rel=0.01)

@@ -62,3 +62,24 @@ def test_the_upper_bound_is_never_below_the_expectation():
     latency, upper = feedback.correct(PREDICTION, MIXED)
     assert (upper >= latency).all()
     assert feedback.coverage_ratio > 0.9
+
+
+@pytest.mark.parametrize("step_iterations", [1, 7])
+def test_power_is_corrected_even_if_the_energy_counter_moves_in_steps(step_iterations):
+    feedback = PredictionFeedback(0.01)
+    for number in range(1, 2101):
+        # the counter shows the energy of several iterations at once, and none in between
+        shown = step_iterations if number % step_iterations == 0 else 0
+        feedback.learn_power(360.0 * shown, 300.0, 0.01)
+    assert feedback.power_ratio == pytest.approx(1.2, rel=0.03)
+
+
+def test_a_counter_that_stands_still_or_jumps_moves_the_power_by_no_more_than_a_limit():
+    feedback = PredictionFeedback(0.01)
+    assert feedback.power_ratio == 1.0
+    for _ in range(50):
+        feedback.learn_power(0.0, 300.0, 1.0)
+    assert feedback.power_ratio == pytest.approx(0.5, abs=0.01)
+    for _ in range(50):
+        feedback.learn_power(1e9, 300.0, 1.0)
+    assert feedback.power_ratio == pytest.approx(2.0, abs=0.01)

@@ -98,6 +98,21 @@ def test_the_projection_never_holds_more_kv_than_prompts_and_lengths_allow(
     assert (horizon.shapes[:, 4] <= longest).all()
 
 
+@given(
+    generating=st.lists(_generating, max_size=20),
+    computing=st.lists(_prompts, max_size=3),
+    waiting=st.lists(_prompts, max_size=20),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_projection_conserves_attention_pairs(generating, computing, waiting):
+    horizon = _scene(generating, computing, waiting)
+    admitted = waiting[: len(waiting) - horizon.blocked_requests_count]
+    # however a prompt is cut into chunks, each token attends to all before it
+    wanted = sum(p**2 - (p // 3) ** 2 for p, _ in computing) + sum(p**2 for p, _ in admitted)
+    planned = (horizon.shapes[:, 6] * horizon.iterations).sum() if not horizon.empty else 0
+    assert planned == pytest.approx(wanted / 2)
+
+
 @given(waiting=st.lists(_prompts, min_size=1, max_size=20))
 @settings(deadline=None)
 def test_first_tokens_come_in_order_of_arrival_and_within_the_prompt_segments(waiting):
@@ -125,7 +140,7 @@ def test_a_prompt_chunk_joins_the_generating_requests_in_one_iteration():
     horizon = _scene([(100, 10, 50)], [], [(500, 20)])
     assert horizon.prefill_segments_count == 1
     assert horizon.iterations[0] == 1
-    assert horizon.shapes[0].tolist() == [1, 500, 0, 1, 110, 1]
+    assert horizon.shapes[0].tolist() == [1, 500, 0, 1, 110, 1, 500 * 250]
     assert horizon.shapes[1, 3] == 2
 
 
@@ -141,5 +156,16 @@ def test_aggregates_alone_hold_the_present_shape():
         num_decode_requests=12, sum_decode_kv_tokens=9000, num_decode_tokens=24
     )
     horizon = project_aggregates(work, 32.0)
-    assert horizon.shapes.tolist() == [[0, 0, 0, 12, 9000, 24]]
+    assert horizon.shapes.tolist() == [[0, 0, 0, 12, 9000, 24, 0]]
     assert project_aggregates(ScheduledRequests(), 32.0).empty
+
+
+@pytest.mark.parametrize(("told", "pairs"), [(None, 200 * (1000 + 100) / 2), (123.0, 123.0)])
+def test_attention_pairs_are_those_that_the_engine_tells_else_estimated(told, pairs):
+    work = ScheduledRequests(
+        num_prefill_requests=2,
+        sum_prefill_tokens=200,
+        sum_prefill_kv_tokens=1000,
+        prefill_attention_pairs=told,
+    )
+    assert project_aggregates(work, 32.0).shapes[0, 6] == pairs

@@ -38,7 +38,7 @@ class ScriptedBrain:
         self.observed = []
         self.decided = []
 
-    def observe(self, state, observed_clock_mhz):
+    def observe(self, state, observed_clock_mhz, observed_power_watts=None):
         self.observed.append((state.sequence_number, observed_clock_mhz))
 
     def decide(self, state):

@@ -164,6 +164,7 @@ def test_what_an_engine_does_not_say_stays_unknown(reader):
     assert value.iteration_duration_seconds is None
     assert value.progress is None
     assert value.scheduled.num_decode_tokens is None
+    assert value.scheduled.prefill_attention_pairs is None
     assert value.kv_cache == KvCache()
 
 
@@ -200,6 +201,8 @@ def test_zero_is_not_unknown(reader):
         ({"scheduled__sum_decode_kv_tokens": -1}, "scheduled.sum_decode_kv_tokens"),
         ({"scheduled__var_decode_kv_tokens": -0.5}, "scheduled.var_decode_kv_tokens"),
         ({"scheduled__num_decode_tokens": -1}, "scheduled.num_decode_tokens"),
+        ({"scheduled__prefill_attention_pairs": -1.0}, "scheduled.prefill_attention_pairs"),
+        ({"scheduled__prefill_attention_pairs": NAN}, "scheduled.prefill_attention_pairs"),
         ({"queued__num_prefill_requests": -1}, "queued.num_prefill_requests"),
         ({"queued__sum_prefill_tokens": -1}, "queued.sum_prefill_tokens"),
         ({"queued__var_prefill_length": INF}, "queued.var_prefill_length"),

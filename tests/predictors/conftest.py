@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from predictors.dataset import RECORD_COLUMNS, RecordsMetadata, arrow_schema, read_records
+from predictors.prediction import estimated_attention_pairs
 from predictors.training import train
 from predictors.training_settings import TrainingSettings
 
@@ -22,7 +23,7 @@ QUICK = TrainingSettings(latency_trees_count=60, power_trees_count=40, threads_c
 
 
 def truth(shapes, clocks_mhz):
-    """Seconds and watts of (N, 6) shapes at (N,) clocks, with a power limit."""
+    """Seconds and watts of (N, 7) shapes at (N,) clocks, with a power limit."""
     limited = np.asarray(clocks_mhz, dtype=float)
     for _ in range(12):  # the limit lowers the clock until the power fits
         seconds, watts = _unlimited(shapes, limited / MAXIMUM_CLOCK_MHZ)
@@ -74,14 +75,16 @@ def random_shapes(rng, count):
     has_prefill = rng.random(count) < 0.35
     requests = np.where(has_prefill, rng.integers(1, 4, count), 0)
     prefill = np.where(has_prefill, requests * rng.integers(16, 600, count), 0)
+    old = np.where(rng.random(count) < 0.3, prefill * 2, 0)
     return np.column_stack(
         [
             requests,
             prefill,
-            np.where(rng.random(count) < 0.3, prefill * 2, 0),
+            old,
             decoding,
             decoding * rng.integers(100, 4000, count),
             decoding,
+            estimated_attention_pairs(requests, prefill, old),
         ]
     ).astype(float)
 

@@ -88,7 +88,7 @@ def test_reported_counts_decide_the_routing_of_a_bundle(invented, tmp_path):
     assert bundle.manifest.routing == Routing(0.6, "reported")
     predictor = fastest_predictor(bundle)
     assert predictor.active_experts_source == "reported"
-    shapes = np.array([[0.0, 0.0, 0.0, 8.0, 8000.0, 8.0]])
+    shapes = np.array([[0.0, 0.0, 0.0, 8.0, 8000.0, 8.0, 0.0]])
     fewer = predictor.with_active_experts(0.5)
     assert fewer.active_experts_source == "inverted"
     assert fewer.expert_seconds(shapes)[0] == pytest.approx(

@@ -56,7 +56,7 @@ def test_a_missing_file_is_refused(directory, name):
 
 def test_another_format_version_is_refused(directory):
     change(directory, format_version=99)
-    with pytest.raises(BundleError, match="format_version is 99; allowed: 2"):
+    with pytest.raises(BundleError, match="format_version is 99; allowed: 3"):
         load_bundle(directory)
 
 

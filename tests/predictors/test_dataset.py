@@ -141,6 +141,19 @@ def test_speculative_tokens_are_taken_where_the_engine_says(invented, tmp_path):
     assert (chosen.shapes[:, 5] == 3 * chosen.shapes[:, 3]).all()
 
 
+def test_attention_pairs_are_taken_where_the_engine_says_and_estimated_elsewhere(
+    invented, tmp_path
+):
+    frame = invented.records_frame(200, seed=8)
+    told = np.arange(len(frame)) % 2 == 0
+    frame["prefill_attention_pairs"] = np.where(told, 77.0, np.nan)
+    path = invented.write_parquet(frame, tmp_path / "run.parquet")
+    shapes = training_frame(read_records([path])).shapes
+    estimated = shapes[:, 1] * (shapes[:, 2] + shapes[:, 1] / 2) / np.maximum(shapes[:, 0], 1)
+    assert ((shapes[:, 6] == 77.0) | (shapes[:, 6] == estimated)).all()
+    assert 50 < np.count_nonzero(shapes[:, 6] == 77.0) < 150
+
+
 def test_records_of_an_engine_that_completes_no_iterations_say_so(invented, tmp_path):
     frame = invented.records_frame(400)
     only_heartbeats = frame[frame["phase"] == "heartbeat"].reset_index(drop=True)

@@ -16,15 +16,17 @@ from predictors.features import (
     FEATURES,
     FeatureSpace,
     Parallelism,
+    fullest_replica,
     rows_at,
 )
+from predictors.prediction import BatchShape
 
 SHAPES = np.array(
     [
-        [0.0, 0.0, 0.0, 8.0, 8000.0, 8.0],
-        [1.0, 512.0, 1024.0, 8.0, 8000.0, 8.0],
-        [2.0, 900.0, 0.0, 0.0, 0.0, 0.0],
-        [0.3, 70.5, 11.0, 7.5, 9000.25, 7.5],
+        [0.0, 0.0, 0.0, 8.0, 8000.0, 8.0, 0.0],
+        [1.0, 512.0, 1024.0, 8.0, 8000.0, 8.0, 655_360.0],
+        [2.0, 900.0, 0.0, 0.0, 0.0, 0.0, 202_500.0],
+        [0.3, 70.5, 11.0, 7.5, 9000.25, 7.5, 3260.0],
     ]
 )
 
@@ -64,9 +66,47 @@ def test_features_are_finite_for_every_model_and_spread(name, tensor, expert):
 
 
 def test_prompt_attention_counts_query_key_pairs():
-    features, _ = space().build(np.array([[2.0, 200.0, 1000.0, 0.0, 0.0, 0.0]]))
+    shape = BatchShape(2.0, 200.0, 1000.0)
+    features, _ = space().build(np.array([shape.row()]))
     # two prompts of 100 new tokens, each over 500 old ones and on average half of the new
     assert column(features, "prefill_attention_pairs")[0] == 2 * (100 * 500 + 100 * 50)
+
+
+def test_reported_pairs_replace_the_estimate():
+    # one prompt of 150 new tokens over 1000 old ones, and one that begins with 50
+    pairs = 150 * (1000 + 75) + 50 * 25
+    shape = BatchShape(2.0, 200.0, 1000.0, prefill_attention_pairs=pairs)
+    features, _ = space().build(np.array([shape.row()]))
+    assert column(features, "prefill_attention_pairs")[0] == pairs
+
+
+@given(
+    st.lists(st.integers(1, 4096), min_size=1, max_size=2),
+    st.integers(4096, 100_000),
+    st.floats(0.0, 500.0),
+)
+def test_sums_tell_which_of_two_prompts_the_fullest_replica_computes(chunks, old, decoding):
+    # the first goes on over old KV, as chunked prefill leaves at most one; the other begins
+    contexts = [old, 0][: len(chunks)]
+    pairs = sum(new * (kv + new / 2) for new, kv in zip(chunks, contexts, strict=True))
+    whole = BatchShape(len(chunks), sum(chunks), old, decoding, 900.0, decoding, pairs)
+    requests, tokens, kv, decodes, _, _, fullest = fullest_replica(np.array([whole.row()]).T, 8.0)[
+        :, 0
+    ]
+    index = int(np.argmax(chunks))
+    assert requests == 1.0
+    assert tokens == pytest.approx(chunks[index], rel=1e-6, abs=1e-3)
+    assert decodes == pytest.approx(decoding / 8)
+    if len(chunks) == 1 or chunks[0] != chunks[1]:
+        new = chunks[index]
+        assert kv == contexts[index]
+        assert fullest == pytest.approx(new * (kv + new / 2), rel=1e-5, abs=1.0)
+
+
+def test_many_prompts_spread_evenly_over_the_replicas():
+    whole = BatchShape(32.0, 3200.0, 640.0, 8.0, 800.0, 8.0)
+    share = fullest_replica(np.array([whole.row()]).T, 8.0)[:, 0]
+    assert share == pytest.approx(np.array(whole.row()) / 8.0)
 
 
 def test_fullest_rank_holds_more_than_an_even_share():
@@ -80,7 +120,7 @@ def test_fullest_rank_holds_more_than_an_even_share():
 
 def test_a_window_bounds_the_kv_that_is_read():
     model = from_catalogue("gpt-oss-20b")
-    long = np.array([[0.0, 0.0, 0.0, 1.0, 100_000.0, 1.0]])
+    long = np.array([[0.0, 0.0, 0.0, 1.0, 100_000.0, 1.0, 0.0]])
     features, _ = space("gpt-oss-20b").build(long)
     full_layers = 12 * model.kv_elements_per_token_and_layer * model.kv_bytes * 100_001
     near_layers = 12 * model.kv_elements_per_token_and_layer * model.kv_bytes * 129
@@ -109,7 +149,8 @@ def test_base_refuses_negative_coefficients():
 
 
 @pytest.mark.parametrize(
-    "row", [[0.0] * 6, [0.0, 0.0, 5.0, 0.0, 5.0, 0.0], [np.nan] * 6, [0, 0, 0, 1, np.inf, 1]]
+    "row",
+    [[0.0] * 7, [0.0, 0.0, 5.0, 0.0, 5.0, 0.0, 0.0], [np.nan] * 7, [0, 0, 0, 1, np.inf, 1, 0]],
 )
 def test_a_row_without_work_is_refused(row):
     with pytest.raises(PredictorsError, match="allowed: finite rows with work"):

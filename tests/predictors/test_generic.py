@@ -54,7 +54,9 @@ def test_it_predicts_once_it_is_bound(generic, tmp_path):
     engine = Engine("NVIDIA B200", from_catalogue("mixtral-8x7b"), Parallelism(2, 1), CLOCKS_MHZ)
     predictor = load_predictor(path, engine)
     assert predictor.manifest.name == GENERIC_NAME
-    shapes = np.array([[0.0, 0.0, 0.0, 8.0, 8000.0, 8.0], [1.0, 900.0, 0.0, 8.0, 8000.0, 8.0]])
+    shapes = np.array(
+        [[0.0, 0.0, 0.0, 8.0, 8e3, 8.0, 0.0], [1.0, 900.0, 0.0, 8.0, 8e3, 8.0, 405e3]]
+    )
     prediction = predictor.predict(shapes)
     assert (np.diff(prediction.latency_seconds, axis=1) <= 0.0).all()
     assert (np.diff(prediction.power_watts, axis=1) >= 0.0).all()

@@ -44,7 +44,7 @@ def test_clocks_left_out_are_predicted(rows, invented):
 def test_a_blind_predictor_counts_every_expert(rows, invented):
     blind = train_rows(rows, invented.QUICK, BLIND)
     assert blind.active_experts_source == "all"
-    features, _ = blind.space.build(np.array([[0.0, 0.0, 0.0, 1.0, 100.0, 1.0]]))
+    features, _ = blind.space.build(np.array([[0.0, 0.0, 0.0, 1.0, 100.0, 1.0, 0.0]]))
     assert features[list(blind.space.features).index("active_experts_count")][0] == 128.0
 
 
@@ -106,7 +106,7 @@ class _Known:
 def test_regret_is_none_with_the_truth_and_counts_what_a_wrong_clock_costs():
     seconds = np.array([[1.2, 1.1, 1.0], [1.6, 1.2, 1.0]])
     watts = np.array([[100.0, 150.0, 300.0], [100.0, 200.0, 300.0]])
-    shapes = np.ones((2, 6))
+    shapes = np.ones((2, 7))
     right = energy_regret(_Known(seconds, watts), shapes, seconds, watts)
     assert (right.mean_energy_ratio, right.violations_ratio) == (0.0, 0.0)
     assert right.saving_ratio == right.best_saving_ratio > 0.0
@@ -138,8 +138,8 @@ def test_the_same_rows_give_the_same_page(bundle, rows):
 
 
 def test_advice_knows_the_error_and_is_less_sure_far_from_the_rows(recordings):
-    near = [[0.0, 0.0, 0.0, 16.0, 16_000.0, 16.0]]
-    far = [[1.0, 9000.0, 90_000.0, 900.0, 9_000_000.0, 900.0]]
+    near = [[0.0, 0.0, 0.0, 16.0, 16_000.0, 16.0, 0.0]]
+    far = [[1.0, 9000.0, 90_000.0, 900.0, 9_000_000.0, 900.0, 8.5e8]]
     records = read_records([recordings])
     advice = advise(records, np.array([near, far]), np.array([500.0, 1900.0]))
     assert 0.005 < advice.latency_error_ratio < 0.03

@@ -26,6 +26,7 @@ ANY_SHAPES = st.lists(
         st.floats(0.0, 300.0),
         st.floats(0.0, 1e6),
         st.floats(0.25, 400.0),
+        st.floats(0.0, 1e9),
     ),
     min_size=1,
     max_size=12,
@@ -83,11 +84,11 @@ def test_predictions_are_close_to_the_truth(predictors, invented):
 def test_loads_inside_training_are_covered_and_others_are_not(predictors):
     shapes = np.array(
         [
-            [0.0, 0.0, 0.0, 64.0, 64_000.0, 64.0],
-            [1.0, 300.0, 0.0, 64.0, 64_000.0, 64.0],
-            [0.0, 0.0, 0.0, 900.0, 900_000.0, 900.0],
-            [1.0, 50_000.0, 0.0, 1.0, 1000.0, 1.0],
-            [0.0, 0.0, 0.0, 2.0, 80_000.0, 2.0],
+            [0.0, 0.0, 0.0, 64.0, 64_000.0, 64.0, 0.0],
+            [1.0, 300.0, 0.0, 64.0, 64_000.0, 64.0, 45_000.0],
+            [0.0, 0.0, 0.0, 900.0, 900_000.0, 900.0, 0.0],
+            [1.0, 50_000.0, 0.0, 1.0, 1000.0, 1.0, 1.25e9],
+            [0.0, 0.0, 0.0, 2.0, 80_000.0, 2.0, 0.0],
         ]
     )
     assert predictors[0].covers(shapes).tolist() == [True, True, False, False, False]
@@ -104,7 +105,7 @@ def test_idle_power_rises_with_clock_as_it_was_recorded(predictors):
 def test_no_form_of_the_matrix_is_compiled_for_while_serving(predictors):
     predictors[0].warm_up()
     compiled = len(sweep._finish_latency.signatures), len(sweep._sweep.signatures)
-    shapes = np.tile([1.0, 128.0, 0.0, 8.0, 4096.0, 8.0], (6, 1))
+    shapes = np.tile([1.0, 128.0, 0.0, 8.0, 4096.0, 8.0, 8192.0], (6, 1))
     frozen = shapes.copy()
     frozen.flags.writeable = False
     for form in (shapes, shapes[::2], np.asfortranarray(shapes), frozen, shapes.astype(int)):
@@ -114,7 +115,7 @@ def test_no_form_of_the_matrix_is_compiled_for_while_serving(predictors):
 
 def test_a_matrix_of_another_form_is_refused(predictors):
     for predictor in predictors:
-        with pytest.raises(PredictorsError, match=r"allowed: \(K, 6\)"):
+        with pytest.raises(PredictorsError, match=r"allowed: \(K, 7\)"):
             predictor.predict(np.ones((2, 5)))
 
 

@@ -44,6 +44,17 @@ SUMMARY_FIELDS = {
 }
 
 
+def test_a_generic_bundle_is_bound_to_the_plant_that_is_compared():
+    scene = dataclasses.replace(SCENE, bundle="models/generic-moe", duration_seconds=10.0)
+    predictor = scene.build_predictor()
+    assert predictor.manifest.kind == "generic"
+    assert predictor.manifest.gpu == "h200-sxm"
+    assert tuple(predictor.clocks_mhz) == scene.build_plant().clocks_mhz
+    record = play_run(RunSpec(scene, "throttle", 0.6, 4.0, 1))
+    assert record.requests_count > 0
+    assert record.clock_mean_mhz < scene.build_plant().maximum_clock_mhz
+
+
 @pytest.fixture(scope="module")
 def document(tmp_path_factory):
     plan = Plan(

@@ -227,7 +227,7 @@ def test_greedy_takes_the_clock_of_least_energy_and_a_price_keeps_it(inputs):
 def test_a_biased_predictor_scales_durations_and_nothing_else():
     fair = FormulaPredictor()
     biased = BiasedPredictor(fair, 0.85)
-    shapes = np.array([[0.0, 0.0, 0.0, 8.0, 4000.0, 8.0]])
+    shapes = np.array([[0.0, 0.0, 0.0, 8.0, 4000.0, 8.0, 0.0]])
     one, other = fair.predict(shapes), biased.predict(shapes)
     assert other.latency_seconds == pytest.approx(0.85 * one.latency_seconds)
     assert other.latency_upper_seconds == pytest.approx(0.85 * one.latency_upper_seconds)

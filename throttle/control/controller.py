@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 _AGGREGATE_HORIZON_ITERATIONS = 32.0
 #: Completed iterations kept for feedback between two decisions; more are dropped, oldest first.
 _FEEDBACK_BACKLOG = 8
+#: Least share of the time since the state before that an iteration must fill for the power of that
+#: time to be its own.
+_BUSY_RATIO = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class _Observation:
     shape: tuple[float, ...]
     seconds: float
     clock_mhz: int
+    power_watts: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,7 @@ class Controller:
         self._feedback = PredictionFeedback(settings.violation_ratio)
         self._observations: list[_Observation] = []
         self._last_clock_mhz = 0
+        self._last_state_seconds = -np.inf
         self._cruise: Equilibrium | None = None
         self._interruptions: Interruptions | None = None
         self._cruise_due_seconds = -np.inf
@@ -128,12 +133,23 @@ class Controller:
         """Share of recent iterations within their upper bound; None before the first."""
         return self._feedback.coverage_ratio
 
-    def observe(self, state: IterationState, observed_clock_mhz: int) -> None:
+    @property
+    def power_bias_ratio(self) -> float:
+        """Observed over predicted power, smoothed."""
+        return self._feedback.power_ratio
+
+    def observe(
+        self,
+        state: IterationState,
+        observed_clock_mhz: int,
+        observed_power_watts: float | None = None,
+    ) -> None:
         """Take in one state, in order.
 
         Args:
             state: What the engine said.
             observed_clock_mhz: Clock read from its GPUs as the state came; 0 when not known.
+            observed_power_watts: Mean power of one GPU since the state before; None when not known.
         """
         for ended in self._scoreboard.apply(state):
             self._lengths.add(ended.length_class, ended.generated_tokens, censored=ended.censored)
@@ -145,8 +161,11 @@ class Controller:
         if state.phase is Phase.COMPLETED and seconds is not None and steady:
             shape = shape_of(state.scheduled)
             if any(shape):
-                self._observations.append(_Observation(shape, seconds, observed_clock_mhz))
+                elapsed = state.engine_time_seconds - self._last_state_seconds
+                own = observed_power_watts if seconds >= _BUSY_RATIO * elapsed else None
+                self._observations.append(_Observation(shape, seconds, observed_clock_mhz, own))
                 del self._observations[:-_FEEDBACK_BACKLOG]
+        self._last_state_seconds = state.engine_time_seconds
 
     def decide(self, state: IterationState) -> Decision:
         """Choose the clock for what comes after `state`, which must have been observed."""
@@ -235,7 +254,7 @@ class Controller:
         return _Judgement(
             latency_seconds=latency[0],
             latency_upper_seconds=upper[0],
-            power_watts=prediction.power_watts[0] * len(self._profile.gpu_uuids),
+            power_watts=prediction.power_watts[0] * self._power_factor(),
             slack=slack,
             covered=bool(self._predictor.covers(horizon.shapes[:near]).all()),
             kv_pressed=horizon.blocked_requests_count > 0
@@ -280,7 +299,8 @@ class Controller:
             settled = _slice(prediction, first + len(observed), None)
             mixed = blocks[-1][:, 1] > 0
             latency, upper = self._feedback.correct(settled, mixed)
-            corrected = Prediction(latency, upper, settled.power_watts)
+            power = settled.power_watts * self._feedback.power_ratio
+            corrected = Prediction(latency, upper, power)
             equilibrium = settle(
                 load,
                 limits,
@@ -305,6 +325,15 @@ class Controller:
             float(prediction.latency_upper_seconds[row, index]),
             mixed=observation.shape[1] > 0,
         )
+        if observation.power_watts is not None:
+            predicted_watts = float(prediction.power_watts[row, index])
+            self._feedback.learn_power(
+                observation.power_watts, predicted_watts, observation.seconds
+            )
+
+    def _power_factor(self) -> float:
+        """From predicted power of one GPU to corrected power of all."""
+        return len(self._profile.gpu_uuids) * self._feedback.power_ratio
 
     def _carrying_limits(self) -> CarryingLimits:
         slos = self._profile.default_slos

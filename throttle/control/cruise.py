@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from predictors.prediction import SHAPE_COLUMNS, estimated_attention_pairs
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -72,9 +74,9 @@ class Equilibrium:
 
 
 def equilibrium_shapes(load: OfferedLoad, limits: CarryingLimits) -> NDArray[np.float64]:
-    """Shapes whose prediction `settle` needs: decode iterations, then mixed ones, (2G, 6)."""
+    """Shapes whose prediction `settle` needs: decode iterations, then mixed ones, (2G, 7)."""
     grid = _grid(limits)
-    decode = np.zeros((len(grid), 6))
+    decode = np.zeros((len(grid), len(SHAPE_COLUMNS)))
     decode[:, 3] = decode[:, 5] = grid
     decode[:, 4] = grid * load.context_tokens
     mixed = decode.copy()
@@ -82,6 +84,7 @@ def equilibrium_shapes(load: OfferedLoad, limits: CarryingLimits) -> NDArray[np.
     mixed[:, 0] = max(load.prefill_requests_per_iteration, 1.0)
     mixed[:, 1] = max(load.prefill_tokens_per_second / iterations, 1.0)
     mixed[:, 2] = load.prefill_kv_tokens_per_iteration
+    mixed[:, 6] = estimated_attention_pairs(mixed[:, 0], mixed[:, 1], mixed[:, 2])
     return np.vstack([decode, mixed])
 
 

@@ -74,7 +74,12 @@ class ExplorationPlan:
         """Always None: nothing is predicted."""
         return None
 
-    def observe(self, state: IterationState, observed_clock_mhz: int) -> None:
+    def observe(
+        self,
+        state: IterationState,
+        observed_clock_mhz: int,
+        observed_power_watts: float | None = None,
+    ) -> None:
         """Nothing to remember: what is observed is recorded elsewhere."""
 
     def decide(self, state: IterationState) -> Decision:

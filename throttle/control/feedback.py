@@ -1,4 +1,4 @@
-"""What observed iterations teach about the predictor: its bias, and how often its bound holds."""
+"""What observed iterations teach about the predictor: its biases, and how often its bound holds."""
 
 from __future__ import annotations
 
@@ -24,10 +24,16 @@ _BOUND_STEP = 0.02
 _BOUND_WIDENING_LIMIT = math.log(1.5)
 #: Weight of one observation in the reported coverage.
 _COVERAGE_WEIGHT = 0.002
+#: Energies are compared over this much computing: driver counters move in steps of tens of
+#: milliseconds, within which power is anything.
+_POWER_SPAN_SECONDS = 1.0
+#: Weight of one such span. Clocks err apart (voltage is what no feature tells), so the last few
+#: seconds count.
+_POWER_WEIGHT = 0.2
 
 
 class PredictionFeedback:
-    """Correction of predicted durations, per phase (decode only, or with prompts).
+    """Correction of durations, per phase (decode only, or with prompts), and of power.
 
     Args:
         violation_ratio: Share of iterations that may exceed their upper bound.
@@ -39,6 +45,9 @@ class PredictionFeedback:
         self._count = [0, 0]
         self._widening = [0.0, 0.0]
         self._coverage: float | None = None
+        self._log_power_bias = 0.0
+        self._power_spans_count = 0
+        self._span_seconds = self._span_joules = self._predicted_joules = 0.0
 
     @property
     def coverage_ratio(self) -> float | None:
@@ -48,6 +57,11 @@ class PredictionFeedback:
     def bias_ratio(self, *, mixed: bool) -> float:
         """Observed over predicted duration of a phase, smoothed."""
         return math.exp(self._log_bias[mixed])
+
+    @property
+    def power_ratio(self) -> float:
+        """Observed over predicted power at the clocks of late, smoothed."""
+        return math.exp(self._log_power_bias)
 
     def correct(
         self, prediction: Prediction, mixed: NDArray[np.bool_]
@@ -90,3 +104,23 @@ class PredictionFeedback:
         error = math.log(observed_seconds / predicted_seconds) - bias
         error = min(max(error, -_LOG_RATIO_LIMIT), _LOG_RATIO_LIMIT)
         self._log_bias[mixed] = bias + weight * error
+
+    def learn_power(self, observed_watts: float, predicted_watts: float, seconds: float) -> None:
+        """Take in the power of one iteration that had the GPU to itself.
+
+        Args:
+            observed_watts: Mean power of one GPU; a counter that has not moved since gives 0.
+            predicted_watts: Expected power at the clock it ran at, uncorrected.
+            seconds: Its duration.
+        """
+        self._span_seconds += seconds
+        self._span_joules += observed_watts * seconds
+        self._predicted_joules += predicted_watts * seconds
+        if self._span_seconds < _POWER_SPAN_SECONDS:
+            return
+        ratio = max(self._span_joules / self._predicted_joules, math.exp(-_LOG_RATIO_LIMIT))
+        self._span_seconds = self._span_joules = self._predicted_joules = 0.0
+        self._power_spans_count += 1
+        weight = max(_POWER_WEIGHT, 1.0 / (self._power_spans_count + 1.0))
+        error = min(math.log(ratio), _LOG_RATIO_LIMIT) - self._log_power_bias
+        self._log_power_bias += weight * error

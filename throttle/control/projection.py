@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from predictors.prediction import SHAPE_COLUMNS, estimated_attention_pairs
 from throttle.control.scoreboard import Column, LiveRequests
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Prompt iterations planned one by one; what remains is planned as one segment.
 _EXACT_PREFILL_SEGMENTS = 8
+#: Columns of a shape that prompts fill: requests, tokens, tokens in KV, query-key pairs.
+_PROMPT_COLUMNS = (0, 1, 2, 6)
 #: Lengths of the decode segments, iterations. Short ones first: the near future decides most.
 _DECODE_SEGMENT_ITERATIONS = (1, 4, 8, 16, 32, 64)
 
@@ -42,7 +45,7 @@ class Horizon:
     """The projected segments and where in them each request stands.
 
     Attributes:
-        shapes: (K, 6), columns as in `SHAPE_COLUMNS`.
+        shapes: (K, 7), columns as in `SHAPE_COLUMNS`.
         iterations: Iterations per segment, (K,).
         kv_blocks: KV blocks held at the end of each segment, (K,).
         prefill_segments_count: How many leading segments compute prompts.
@@ -129,7 +132,7 @@ def project_aggregates(scheduled: ScheduledRequests, iterations: float) -> Horiz
     nobody = np.empty((0, len(Column)))
     none = Positions(np.empty(0, dtype=np.int64), np.empty(0))
     return Horizon(
-        shapes=shapes if shapes.any() else np.empty((0, 6)),
+        shapes=shapes if shapes.any() else np.empty((0, len(SHAPE_COLUMNS))),
         iterations=np.array([iterations] if shapes.any() else []),
         kv_blocks=np.zeros(1 if shapes.any() else 0),
         prefill_segments_count=1 if scheduled.sum_prefill_tokens else 0,
@@ -146,6 +149,13 @@ def project_aggregates(scheduled: ScheduledRequests, iterations: float) -> Horiz
 def shape_of(scheduled: ScheduledRequests) -> tuple[float, ...]:
     """The shape of one iteration from its aggregates, in the order of `SHAPE_COLUMNS`."""
     decode_tokens = scheduled.num_decode_tokens
+    pairs = scheduled.prefill_attention_pairs
+    if pairs is None:
+        pairs = estimated_attention_pairs(
+            scheduled.num_prefill_requests,
+            scheduled.sum_prefill_tokens,
+            scheduled.sum_prefill_kv_tokens,
+        )
     return (
         float(scheduled.num_prefill_requests),
         float(scheduled.sum_prefill_tokens),
@@ -153,6 +163,7 @@ def shape_of(scheduled: ScheduledRequests) -> tuple[float, ...]:
         float(scheduled.num_decode_requests),
         float(scheduled.sum_decode_kv_tokens),
         float(scheduled.num_decode_requests if decode_tokens is None else decode_tokens),
+        float(pairs),
     )
 
 
@@ -160,7 +171,7 @@ class _PromptPlan:
     """Plans the prompt chunks of the next iterations, as the engine's scheduler will.
 
     Attributes:
-        chunks: Per segment: requests, prompt tokens, tokens of those prompts already in KV.
+        chunks: Per segment, in the order of `_PROMPT_COLUMNS`, per iteration.
         iterations: Per segment, how many iterations.
         admitted_count: Waiting requests that were taken.
         first_segments: Per prompt (running ones, then admitted ones), segment of its last chunk.
@@ -185,7 +196,7 @@ class _PromptPlan:
             np.ceil(held / self._block_tokens).sum()
         )
         self._first: list[tuple[int, float]] = [(0, 0.0)] * len(self._left)
-        self.chunks: list[tuple[float, float, float]] = []
+        self.chunks: list[tuple[float, float, float, float]] = []
         self.iterations: list[float] = []
         self.admitted_count = 0
 
@@ -227,13 +238,14 @@ class _PromptPlan:
     def _plan_one(self, start: int) -> int:
         """Plan one iteration; returns the first unfinished prompt, or -1 when none is left."""
         budget = self._budget - self._decode_count
-        tokens = context = 0.0
+        tokens = context = pairs = 0.0
         chunks = 0
         index = start
         while budget > 0 and (index < len(self._left) or self._admit()):
             chunk = min(self._left[index], budget)
             tokens += chunk
             context += self._in_kv[index]
+            pairs += chunk * (self._in_kv[index] + 0.5 * chunk)
             chunks += 1
             budget -= chunk
             self._left[index] -= chunk
@@ -244,7 +256,7 @@ class _PromptPlan:
             index += 1
         if chunks == 0:
             return -1
-        self.chunks.append((chunks, tokens, context))
+        self.chunks.append((chunks, tokens, context, pairs))
         self.iterations.append(1.0)
         self._decode_count += index - start
         return index
@@ -260,8 +272,11 @@ class _PromptPlan:
         iterations = math.ceil(left.sum() / budget)
         segment = len(self.chunks)
         per_iteration = len(left) / iterations
-        context = float(np.mean(np.array(self._in_kv[start:]) + left / 2))
-        self.chunks.append((per_iteration, left.sum() / iterations, per_iteration * context))
+        in_kv = np.array(self._in_kv[start:])
+        context = float(np.mean(in_kv + left / 2))
+        pairs = float((left * (in_kv + left / 2)).sum()) / iterations
+        tokens = left.sum() / iterations
+        self.chunks.append((per_iteration, tokens, per_iteration * context, pairs))
         self.iterations.append(float(iterations))
         for offset, iteration in enumerate(np.ceil(np.cumsum(left) / budget)):
             self._first[start + offset] = (segment, float(min(iteration, iterations)))
@@ -313,8 +328,8 @@ def _lay_over(
     end = np.minimum(ends, (start + left)[:, None])
     alive = np.maximum(end - begin, 0.0)
     held = context[:, None] - start[:, None] + begin
-    shapes = np.zeros((len(lengths), 6))
-    shapes[: len(prefill), :3] = np.array(plan.chunks).reshape(-1, 3)
+    shapes = np.zeros((len(lengths), len(SHAPE_COLUMNS)))
+    shapes[: len(prefill), _PROMPT_COLUMNS] = np.array(plan.chunks).reshape(-1, 4)
     shapes[:, 3] = shapes[:, 5] = alive.sum(axis=0) / lengths
     shapes[:, 4] = (alive * held + alive * (alive - 1.0) / 2.0).sum(axis=0) / lengths
     going_on = (alive > 0) & (end >= ends)

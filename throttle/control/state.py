@@ -113,6 +113,7 @@ class ScheduledRequests:
     sum_decode_kv_tokens: int = 0
     var_decode_kv_tokens: float = 0.0
     num_decode_tokens: int | None = None
+    prefill_attention_pairs: float | None = None
 
     @property
     def empty(self) -> bool:

@@ -38,8 +38,19 @@ class Brain(Protocol):
         """Share of recent iterations within their upper bound; None before the first."""
         ...
 
-    def observe(self, state: IterationState, observed_clock_mhz: int) -> None:
-        """Take in one state, in order, with the clock read from the GPUs as it came."""
+    def observe(
+        self,
+        state: IterationState,
+        observed_clock_mhz: int,
+        observed_power_watts: float | None = None,
+    ) -> None:
+        """Take in one state, in order, with what was read from the GPUs as it came.
+
+        Args:
+            state: The state.
+            observed_clock_mhz: Clock; 0 when not known.
+            observed_power_watts: Mean power of one GPU since the state before, if known.
+        """
         ...
 
     def decide(self, state: IterationState) -> Decision:

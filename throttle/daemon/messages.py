@@ -243,6 +243,9 @@ def _read_scheduled(message: engine_pb2.ScheduledRequests) -> ScheduledRequests:
         _count(prefix + "num_decode_tokens", message.num_decode_tokens)
         if message.HasField("num_decode_tokens")
         else None,
+        _amount(prefix + "prefill_attention_pairs", message.prefill_attention_pairs)
+        if message.HasField("prefill_attention_pairs")
+        else None,
     )
 
 

@@ -281,6 +281,7 @@ def _row(
         scheduled.sum_decode_kv_tokens,
         scheduled.var_decode_kv_tokens,
         scheduled.num_decode_tokens,
+        scheduled.prefill_attention_pairs,
         queued.num_prefill_requests,
         queued.sum_prefill_tokens,
         queued.var_prefill_length,

@@ -231,8 +231,10 @@ class Session:
         if brain is None:
             return Decision(DEFAULT_CLOCKS, Reason.RECORDING)
         try:
+            # a window over several states is the power of none of them
+            power = window.power_watts if len(arrivals) == 1 else None
             for arrival in arrivals:
-                brain.observe(arrival.state, window.clock_mhz)
+                brain.observe(arrival.state, window.clock_mhz, power)
             if self._released:
                 return Decision(DEFAULT_CLOCKS, Reason.RELEASED)
             return brain.decide(newest.state)

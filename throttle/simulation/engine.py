@@ -297,6 +297,9 @@ class SimulatedEngine:
             sum_decode_kv_tokens=contexts.total,
             var_decode_kv_tokens=contexts.variance(),
             num_decode_tokens=contexts.count + step.draft_tokens,
+            prefill_attention_pairs=sum(
+                tokens * (context + 0.5 * tokens) for tokens, context in step.chunks
+            ),
         )
         speculated = SpeculativeDecoding(step.draft_tokens, step.accepted_tokens)
         return self._state(

@@ -101,6 +101,7 @@ def _scheduled(scheduled: ScheduledRequests) -> engine_pb2.ScheduledRequests:
         sum_decode_kv_tokens=scheduled.sum_decode_kv_tokens,
         var_decode_kv_tokens=scheduled.var_decode_kv_tokens,
         num_decode_tokens=scheduled.num_decode_tokens,
+        prefill_attention_pairs=scheduled.prefill_attention_pairs,
     )
 
 

@@ -56,18 +56,20 @@ class LoadPoint:
         output = math.sqrt(self.lengths.output_tokens[0] * self.lengths.output_tokens[1])
         context = prompt + output / 2.0
         others = float(self.concurrency - 1)
+        tokens = min(prompt, batched_tokens_limit - others)
         mixed = (
             1.0,
-            min(prompt, batched_tokens_limit - others),
+            tokens,
             0.0,
             others,
             others * context,
             others,
+            tokens * tokens / 2.0,
         )
         if output < 2.0:
             return (mixed, mixed)
         batch = float(self.concurrency)
-        return (mixed, (0.0, 0.0, 0.0, batch, batch * context, batch))
+        return (mixed, (0.0, 0.0, 0.0, batch, batch * context, batch, 0.0))
 
 
 def profiling_points(

@@ -416,6 +416,7 @@ class ScheduledRequests(_message.Message):
     SUM_DECODE_KV_TOKENS_FIELD_NUMBER: _builtins.int
     VAR_DECODE_KV_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_DECODE_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_ATTENTION_PAIRS_FIELD_NUMBER: _builtins.int
     num_prefill_requests: _builtins.int
     """Requests whose prompt is being computed, chunks included."""
     sum_prefill_tokens: _builtins.int
@@ -432,6 +433,10 @@ class ScheduledRequests(_message.Message):
     """Population variance of those, tokens squared."""
     num_decode_tokens: _builtins.int
     """Tokens fed by the generating requests; more than their number under speculative decoding. Unset: one each."""
+    prefill_attention_pairs: _builtins.float
+    """Query-key pairs of the prompts: tokens computed x (tokens in KV + half of those computed), summed over
+    the prompts. Unset: estimated from the sums, as if every prompt computed equally many tokens.
+    """
     def __init__(
         self,
         *,
@@ -443,14 +448,20 @@ class ScheduledRequests(_message.Message):
         sum_decode_kv_tokens: _builtins.int = ...,
         var_decode_kv_tokens: _builtins.float = ...,
         num_decode_tokens: _builtins.int | None = ...,
+        prefill_attention_pairs: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_decode_tokens", b"_num_decode_tokens", "num_decode_tokens", b"num_decode_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_decode_tokens", b"_num_decode_tokens", "_prefill_attention_pairs", b"_prefill_attention_pairs", "num_decode_tokens", b"num_decode_tokens", "prefill_attention_pairs", b"prefill_attention_pairs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_decode_tokens", b"_num_decode_tokens", "num_decode_requests", b"num_decode_requests", "num_decode_tokens", b"num_decode_tokens", "num_prefill_requests", b"num_prefill_requests", "sum_decode_kv_tokens", b"sum_decode_kv_tokens", "sum_prefill_kv_tokens", b"sum_prefill_kv_tokens", "sum_prefill_tokens", b"sum_prefill_tokens", "var_decode_kv_tokens", b"var_decode_kv_tokens", "var_prefill_length", b"var_prefill_length"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_decode_tokens", b"_num_decode_tokens", "_prefill_attention_pairs", b"_prefill_attention_pairs", "num_decode_requests", b"num_decode_requests", "num_decode_tokens", b"num_decode_tokens", "num_prefill_requests", b"num_prefill_requests", "prefill_attention_pairs", b"prefill_attention_pairs", "sum_decode_kv_tokens", b"sum_decode_kv_tokens", "sum_prefill_kv_tokens", b"sum_prefill_kv_tokens", "sum_prefill_tokens", b"sum_prefill_tokens", "var_decode_kv_tokens", b"var_decode_kv_tokens", "var_prefill_length", b"var_prefill_length"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_decode_tokens: _TypeAlias = _typing.Literal["num_decode_tokens"]  # noqa: Y015
     _WhichOneofArgType__num_decode_tokens: _TypeAlias = _typing.Literal["_num_decode_tokens", b"_num_decode_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__prefill_attention_pairs: _TypeAlias = _typing.Literal["prefill_attention_pairs"]  # noqa: Y015
+    _WhichOneofArgType__prefill_attention_pairs: _TypeAlias = _typing.Literal["_prefill_attention_pairs", b"_prefill_attention_pairs"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_decode_tokens) -> _WhichOneofReturnType__num_decode_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefill_attention_pairs) -> _WhichOneofReturnType__prefill_attention_pairs | None: ...
 
 Global___ScheduledRequests: _TypeAlias = ScheduledRequests  # noqa: Y015
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from predictors.bundle import MANIFEST_FILE, find_bundle
-from predictors.predictor import BundlePredictor, load_predictor
+from predictors.features import Parallelism
+from predictors.predictor import BundlePredictor, Engine, load_predictor
 from throttle.control.state import Slos
 from throttle.simulation.engine import Fidelity, SimulatedEngine
 from throttle.simulation.experiment import play
@@ -117,6 +118,21 @@ class Scene:
             spread.expert_parallel_count,
         )
 
+    def build_predictor(self) -> BundlePredictor:
+        """The predictor, bound to the plant's engine if its bundle is generic; kept likewise.
+
+        Raises:
+            BundleError: There is no bundle for the plant.
+        """
+        plant = self.build_plant()
+        parameters = plant.parameters
+        spread = Parallelism(
+            parameters.parallelism.tensor_parallel_count,
+            parameters.parallelism.expert_parallel_count,
+        )
+        engine = Engine(parameters.gpu.name, plant.architecture, spread, plant.clocks_mhz)
+        return _predictor(self.bundle_path(), engine)
+
     def digest(self) -> str:
         """Hash of everything that a run at maximum clock depends on, the engine's code too."""
         plant = self.build_plant().parameters
@@ -148,8 +164,8 @@ def _window(name: str, start_seconds: float, duration_seconds: float) -> Trace:
 
 
 @functools.lru_cache(maxsize=4)
-def _predictor(path: Path) -> BundlePredictor:
-    return load_predictor(path)
+def _predictor(path: Path, engine: Engine) -> BundlePredictor:
+    return load_predictor(path, engine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +319,7 @@ def _policy(spec: RunSpec, engine: SimulatedEngine, gpu: SimulatedGpu) -> Policy
     scene = spec.scene
     if not needs_predictor(spec.policy):
         return fixed_policy(spec.policy)
-    predictor: Any = _predictor(scene.bundle_path())
+    predictor: Any = scene.build_predictor()
     if scene.predictor_ratio != 1.0:
         predictor = BiasedPredictor(predictor, scene.predictor_ratio)
     uuids = tuple(f"GPU-simulated-{index}" for index in range(gpu.plant.gpus_count))

@@ -25,8 +25,13 @@ class Throttle:
     def __init__(self, inputs: PolicyInputs, settings: ControlSettings) -> None:
         self._readings = inputs.readings
         self._controller = Controller(inputs.profile, inputs.predictor, settings)
+        self._seen = (0.0, 0.0)  # engine time and energy counter at the state before
 
     def clock_mhz(self, state: IterationState) -> int:
         """Observe, then decide."""
-        self._controller.observe(state, self._readings.clock_mhz)
+        now, joules = state.engine_time_seconds, self._readings.energy_joules
+        seconds, spent = now - self._seen[0], joules - self._seen[1]
+        self._seen = (now, joules)
+        power = spent / seconds if seconds > 0.0 else None
+        self._controller.observe(state, self._readings.clock_mhz, power)
         return self._controller.decide(state).target_clock_mhz

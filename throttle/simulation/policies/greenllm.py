@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from predictors.prediction import SHAPE_COLUMNS
 from throttle.simulation.policies.outlook import EngineView
 from throttle.simulation.policies.reactive import ObservedGaps
 
@@ -133,7 +134,7 @@ class Greenllm:
         """The clock of least power that carries a token rate within the limit."""
         scheduled = state.scheduled
         context = scheduled.sum_decode_kv_tokens / max(scheduled.num_decode_requests, 1)
-        shapes = np.zeros((len(_BATCHES), 6))
+        shapes = np.zeros((len(_BATCHES), len(SHAPE_COLUMNS)))
         shapes[:, 3] = shapes[:, 5] = _BATCHES
         shapes[:, 4] = _BATCHES * max(context, 1.0)
         prediction = self._predictor.predict(shapes)

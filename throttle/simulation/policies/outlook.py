@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from predictors.prediction import SHAPE_COLUMNS
 from throttle.control.projection import shape_of
 from throttle.control.scoreboard import Column, Scoreboard
 
@@ -30,7 +31,7 @@ class Outlook:
     """The next iterations.
 
     Attributes:
-        shapes: Iterations that compute prompts, one by one, (K, 6); without prompts the one decode
+        shapes: Iterations that compute prompts, one by one, (K, 7); without prompts the one decode
             iteration that comes next; empty when there is no work.
         prompts_at: For each of `prompts`, how many iterations until its first token; 0 where that
             lies beyond `shapes`, (p,).
@@ -98,8 +99,14 @@ class EngineView:
         count = float(len(decodes))
         held = float((decodes[:, Column.PROMPT] + decodes[:, Column.GENERATED]).sum())
         if not len(prompts):
-            shapes = np.array([[0.0, 0.0, 0.0, count, held, count]] if count else [])
-            return Outlook(shapes.reshape(-1, 6), np.empty(0, dtype=np.int64), prompts, decodes, 0)
+            shapes = np.array([[0.0, 0.0, 0.0, count, held, count, 0.0]] if count else [])
+            return Outlook(
+                shapes.reshape(-1, len(SHAPE_COLUMNS)),
+                np.empty(0, dtype=np.int64),
+                prompts,
+                decodes,
+                0,
+            )
         shapes, finished_at = self._plan(prompts[:allowed], count, held)
         finished_at += [0] * (len(prompts) - len(finished_at))
         return Outlook(
@@ -123,11 +130,12 @@ class EngineView:
         index = 0
         while index < len(left) and len(shapes) < self._horizon:
             budget = max(limit - count, 1.0)
-            tokens = context = chunks = 0.0
+            tokens = context = chunks = pairs = 0.0
             arriving = arriving_kv = 0.0
             while index < len(left) and budget > 0.0:
                 chunk = min(left[index], budget)
                 tokens, context, chunks = tokens + chunk, context + in_kv[index], chunks + 1.0
+                pairs += chunk * (in_kv[index] + 0.5 * chunk)
                 budget -= chunk
                 left[index] -= chunk
                 in_kv[index] += chunk
@@ -136,16 +144,16 @@ class EngineView:
                 finished.append(len(shapes) + 1)
                 arriving, arriving_kv = arriving + 1.0, arriving_kv + in_kv[index]
                 index += 1
-            shapes.append([chunks, tokens, context, count, held, count])
+            shapes.append([chunks, tokens, context, count, held, count, pairs])
             held += count + arriving_kv
             count += arriving
         finished += [0] * (len(left) - len(finished))
         if not shapes:  # prompts wait and none finds a slot
-            shapes = [[0.0, 0.0, 0.0, count, held, count]] if count else []
-        return np.array(shapes).reshape(-1, 6), finished
+            shapes = [[0.0, 0.0, 0.0, count, held, count, 0.0]] if count else []
+        return np.array(shapes).reshape(-1, len(SHAPE_COLUMNS)), finished
 
     def _of_aggregates(self, state: IterationState) -> Outlook:
         shape = shape_of(state.scheduled)
-        shapes = np.array([shape] if any(shape) else []).reshape(-1, 6)
+        shapes = np.array([shape] if any(shape) else []).reshape(-1, len(SHAPE_COLUMNS))
         waiting = state.queued.num_prefill_requests + state.queued.num_decode_requests
         return Outlook(shapes, np.empty(0, dtype=np.int64), _NOBODY, _NOBODY, waiting)

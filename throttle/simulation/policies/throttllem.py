@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from predictors.prediction import SHAPE_COLUMNS
 from throttle.control.lengths import LengthBeliefs, RequestLengths
 from throttle.control.scoreboard import Column
 from throttle.simulation.policies.outlook import EngineView
@@ -110,7 +111,7 @@ class Throttllem:
         grid = len(prefills) + _GRID
         grid = grid[: np.searchsorted(grid, (starts + left).max(), side="left") + 1]
         active = (starts[:, None] < grid) & (grid <= (starts + left)[:, None])
-        shapes = np.zeros((len(grid), 6))
+        shapes = np.zeros((len(grid), len(SHAPE_COLUMNS)))
         shapes[:, 3] = shapes[:, 5] = np.maximum(active.sum(axis=0), 1.0)
         held = (context - starts)[:, None] + grid
         shapes[:, 4] = np.maximum((active * held).sum(axis=0), 1.0)

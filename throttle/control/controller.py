@@ -18,8 +18,23 @@ from throttle.control.cruise import (
     settle,
 )
 from throttle.control.feedback import PredictionFeedback
-from throttle.control.lengths import LengthBelief, LengthBeliefs, RequestLengths
-from throttle.control.projection import Horizon, project, project_aggregates, shape_of
+from throttle.control.lateness import (
+    EndingShares,
+    LateBudget,
+    Lateness,
+    Newcomers,
+    PromptDelay,
+    expect_lateness,
+)
+from throttle.control.lengths import LengthBeliefs, RequestLengths
+from throttle.control.projection import (
+    Horizon,
+    Successors,
+    project,
+    project_aggregates,
+    shape_of,
+)
+from throttle.control.prompt_work import PromptWork, PromptWorkEstimator
 from throttle.control.scoreboard import Column, LiveRequests, Scoreboard
 from throttle.control.selection import Binding, Decision, Reason, Selector
 from throttle.control.slack import (
@@ -47,13 +62,19 @@ _BUSY_RATIO = 0.9
 
 @dataclass(frozen=True, slots=True)
 class ClockRow:
-    """One clock of the what-if table; power is that of all GPUs of the engine."""
+    """One clock of the what-if table; power is that of all GPUs of the engine.
+
+    `late_ratio` is the share of answers whose mean gap would miss its limit because the clock is not
+    the fastest; None while that is not known. The slack of TPOT is that of one answer and informs
+    only: feasible is what keeps the other slacks and the budget of late answers.
+    """
 
     clock_mhz: int
     iteration_seconds: float
     iteration_upper_seconds: float
     power_watts: float
     long_run_power_watts: float | None
+    late_ratio: float | None
     feasible: bool
     slacks: tuple[Binding, ...]
 
@@ -82,6 +103,7 @@ class _Judgement:
     latency_upper_seconds: NDArray[np.float64]
     power_watts: NDArray[np.float64]
     slack: SlackTable
+    lateness: Lateness | None
     covered: bool
     kv_pressed: bool
 
@@ -107,6 +129,7 @@ class Controller:
         self._ceiling = int(np.flatnonzero(ceiling)[-1]) if ceiling.any() else len(clocks) - 1
         self._allowed = ceiling & (clocks >= settings.floor_clock_ratio * clocks[-1])
         self._allowed[self._ceiling] = True
+        self._floor = int(np.flatnonzero(self._allowed)[0])
         self._clocks_mhz = clocks
         self._selector = Selector(clocks, settings.hysteresis())
         self._scoreboard = Scoreboard(profile.default_slos)
@@ -114,12 +137,15 @@ class Controller:
         self._load = LoadEstimator(
             settings.load_time_constant_seconds, settings.load_settling_seconds
         )
+        self._prompt_work = PromptWorkEstimator()
+        self._late_budget = LateBudget(settings.late_budget_ratio)
         self._feedback = PredictionFeedback(settings.violation_ratio)
         self._observations: list[_Observation] = []
         self._last_clock_mhz = 0
         self._last_state_seconds = -np.inf
         self._cruise: Equilibrium | None = None
         self._interruptions: Interruptions | None = None
+        self._work: PromptWork | None = None
         self._cruise_due_seconds = -np.inf
         self._idle_since_seconds: float | None = None
 
@@ -153,7 +179,10 @@ class Controller:
         """
         for ended in self._scoreboard.apply(state):
             self._lengths.add(ended.length_class, ended.generated_tokens, censored=ended.censored)
+            if ended.mean_gap_ratio is not None:
+                self._late_budget.learn(late=ended.mean_gap_ratio > 1.0)
         self._load.add(state)
+        self._prompt_work.add(state)
         seconds = state.iteration_duration_seconds
         # Only an iteration that ran at one clock teaches the predictor anything.
         steady = observed_clock_mhz == self._last_clock_mhz and observed_clock_mhz > 0
@@ -189,7 +218,11 @@ class Controller:
             return Evaluation(self.decide(state), ())
         judgement = self._judge(state, horizon, now)
         decision = self._decide_busy(state, judgement, now)
-        rows = tuple(self._row(judgement, index) for index in range(len(self._clocks_mhz)))
+        kept = self._keeps_every_limit(judgement)
+        rows = tuple(
+            self._row(judgement, index, feasible=bool(kept[index]))
+            for index in range(len(self._clocks_mhz))
+        )
         return Evaluation(decision, rows)
 
     def _idle(self, state: IterationState, live: LiveRequests) -> bool:
@@ -224,27 +257,36 @@ class Controller:
     def _project(self, state: IterationState, live: LiveRequests) -> Horizon:
         if not self._scoreboard.knows_requests:
             return project_aggregates(state.scheduled, _AGGREGATE_HORIZON_ITERATIONS)
-        running, waiting = self._beliefs(live.running), self._beliefs(live.waiting)
-        return project(live, running, waiting, self._profile)
+        running = self._lengths.planned_tokens(self._request_lengths(live.running))
+        waiting = self._lengths.planned_tokens(self._request_lengths(live.waiting))
+        return project(live, running, waiting, self._profile, self._successors())
 
-    def _beliefs(self, rows: NDArray[np.float64]) -> LengthBelief:
-        return self._lengths.beliefs(
-            RequestLengths(
-                self._scoreboard.length_classes,
-                rows[:, Column.LENGTH_CLASS],
-                rows[:, Column.GENERATED],
-                rows[:, Column.MAX_OUTPUT],
-                rows[:, Column.PREDICTED_OUTPUT],
-            )
+    def _successors(self) -> Successors | None:
+        load = self._load.load()
+        if load is None or self._cruise is None:
+            return None
+        batch = float(self._cruise.batch_requests[self._selector.current])
+        return Successors(self._lengths.everyone, batch, load.context_tokens)
+
+    def _request_lengths(self, rows: NDArray[np.float64], generated: float = 0.0) -> RequestLengths:
+        """What is known of these requests' answers, each at least so many tokens long."""
+        return RequestLengths(
+            self._scoreboard.length_classes,
+            rows[:, Column.LENGTH_CLASS],
+            np.maximum(rows[:, Column.GENERATED], generated),
+            rows[:, Column.MAX_OUTPUT],
+            rows[:, Column.PREDICTED_OUTPUT],
         )
 
     def _judge(self, state: IterationState, horizon: Horizon, now: float) -> _Judgement:
         prediction = self._predict(horizon.shapes, now)
         mixed = horizon.shapes[:, 1] > 0
         latency, upper = self._feedback.correct(prediction, mixed)
+        lateness = None
         if self._scoreboard.knows_requests:
             stretch = self._stretch_ratio(horizon)
             slack = measure_slack(horizon, latency, upper, now, self._guards, stretch_ratio=stretch)
+            lateness = self._lateness(horizon, latency, upper, now)
         else:
             slack = measure_aggregate_slack(
                 horizon, upper, self._profile.default_slos, self._guards
@@ -256,11 +298,56 @@ class Controller:
             latency_upper_seconds=upper[0],
             power_watts=prediction.power_watts[0] * self._power_factor(),
             slack=slack,
+            lateness=lateness,
             covered=bool(self._predictor.covers(horizon.shapes[:near]).all()),
             kv_pressed=horizon.blocked_requests_count > 0
             or bool(horizon.kv_blocks.max() > capacity)
             or self._kv_usage_ratio(state) > self._settings.kv_pressure_ratio,
         )
+
+    def _lateness(
+        self,
+        horizon: Horizon,
+        latency: NDArray[np.float64],
+        upper: NDArray[np.float64],
+        now: float,
+    ) -> Lateness | None:
+        load = self._load.load()
+        if load is None or self._interruptions is None:
+            return None  # without a cruise clock the fastest is chosen
+        ends = np.cumsum(horizon.iterations)
+        decodes = self._request_lengths(horizon.decodes)
+        prompts = self._request_lengths(horizon.prompts, generated=1.0)
+        after_first = ends - horizon.iterations_at(horizon.first_tokens)[:, None]
+        ending = EndingShares(
+            self._lengths.ending_shares(
+                decodes, np.broadcast_to(ends, (len(horizon.decodes), len(ends)))
+            ),
+            self._lengths.ending_shares(prompts, np.maximum(after_first, 0.0)),
+        )
+        token_seconds = self._interruptions.prompt_token_seconds(horizon.shapes[:, 3])
+        newcomers = None
+        tpot = self._profile.default_slos.tpot_seconds
+        if tpot is not None:
+            newcomers = Newcomers(
+                self._lengths.everyone,
+                tpot,
+                load.prefill_iterations_per_second * load.prefill_requests_per_iteration,
+                load.prefill_tokens_per_second,
+            )
+        lateness = expect_lateness(
+            horizon,
+            latency,
+            upper,
+            now_seconds=now,
+            ending=ending,
+            delay=PromptDelay(self._work, token_seconds),
+            newcomers=newcomers,
+            clocks=(self._floor, self._ceiling),
+        )
+        if lateness is not None:
+            self._late_budget.expect(lateness.unavoidable_ratio)
+        return lateness
 
     def _kv_usage_ratio(self, state: IterationState) -> float:
         cache = state.kv_cache
@@ -274,7 +361,7 @@ class Controller:
         """Prompts to come stretch decode segments; those that are here have their own segments."""
         if self._interruptions is None:
             return None
-        stretch = self._interruptions.at(horizon.shapes[:, 3])
+        stretch = self._interruptions.stretch_ratio(horizon.shapes[:, 3])
         stretch[: horizon.prefill_segments_count] = 1.0
         return stretch
 
@@ -306,8 +393,8 @@ class Controller:
                 limits,
                 corrected,
                 self._resting_power_watts(),
-                self._settings.cruise_deviations,
             )
+            self._work = self._prompt_work.estimate()
             self._cruise = equilibrium
             self._interruptions = expect_interruptions(
                 load, limits, corrected, self._settings.burst_deviations
@@ -338,7 +425,7 @@ class Controller:
     def _carrying_limits(self) -> CarryingLimits:
         slos = self._profile.default_slos
         guards = self._guards
-        tpot = slos.tpot_seconds * guards.tpot_ratio if slos.tpot_seconds else np.inf
+        tpot = slos.tpot_seconds or np.inf
         tbt = slos.tbt_seconds * guards.tbt_ratio if slos.tbt_seconds else np.inf
         ttft = slos.ttft_seconds * guards.ttft_ratio if slos.ttft_seconds else np.inf
         kv_tokens = self._profile.kv_blocks_count * self._profile.kv_block_tokens
@@ -361,14 +448,14 @@ class Controller:
         elif self._blind(state):
             index, reason = self._selector.jump(self._ceiling, now), Reason.POOR_INFORMATION
         else:
-            feasible = (judgement.slack.least() >= 0.0) & self._allowed
+            feasible = self._keeps_every_limit(judgement) & self._allowed
             index, reason = self._selector.choose(feasible, self._long_run_power_watts(), now)
             # Where none is feasible the fastest is chosen; the operator's ceiling holds there too.
             index = self._selector.jump(min(index, self._ceiling), now)
         return Decision(
             target_clock_mhz=int(self._clocks_mhz[index]),
             reason=reason,
-            binding=self._binding(judgement.slack, index),
+            binding=self._binding(judgement, index),
             predicted_iteration_seconds=float(judgement.latency_seconds[index]),
             predicted_iteration_upper_seconds=float(judgement.latency_upper_seconds[index]),
             predicted_power_watts=float(judgement.power_watts[index]),
@@ -377,6 +464,18 @@ class Controller:
             cruise_clock_mhz=self._cruise_clock_mhz(),
             lost_requests_count=judgement.slack.lost_requests_count,
         )
+
+    def _keeps_every_limit(self, judgement: _Judgement) -> NDArray[np.bool_]:
+        """Clocks that keep every slack and the budget of late answers, (C,)."""
+        kept = judgement.slack.least() >= 0.0
+        if judgement.lateness is None:
+            return kept
+        excess, budget = judgement.lateness.excess_ratio, self._late_budget.ratio
+        enough = excess <= budget
+        current = self._selector.current
+        if excess[current] <= budget * self._settings.late_band_ratio:
+            enough[current:] = True  # not worth a change
+        return kept & enough
 
     def _blind(self, state: IterationState) -> bool:
         """Whether prompts wait under a TTFT limit and nothing tells for how long."""
@@ -390,14 +489,23 @@ class Controller:
         index = self._selector.jump(self._ceiling, now)
         return Decision(int(self._clocks_mhz[index]), reason)
 
-    def _binding(self, slack: SlackTable, index: int) -> Binding | None:
-        if len(slack.slos) == 0:
-            return None
-        row = int(np.argmin(slack.slack_seconds[:, index]))
+    def _binding(self, judgement: _Judgement, index: int) -> Binding | None:
+        slack, lateness = judgement.slack, judgement.lateness
+        least = None
+        if len(slack.slos):
+            row = int(np.argmin(slack.slack_seconds[:, index]))
+            least = Binding(
+                Slo(int(slack.slos[row])),
+                int(slack.request_numbers[row]),
+                float(slack.slack_seconds[row, index]),
+            )
+        if lateness is None or index == 0:
+            return least
+        # The mean gap binds where one clock lower would be more than the budget allows.
+        if least is not None and lateness.excess_ratio[index - 1] <= self._late_budget.ratio:
+            return least
         return Binding(
-            Slo(int(slack.slos[row])),
-            int(slack.request_numbers[row]),
-            float(slack.slack_seconds[row, index]),
+            Slo.TPOT, lateness.request_number, float(lateness.request_slack_seconds[index])
         )
 
     def _long_run_power_watts(self) -> NDArray[np.float64] | None:
@@ -412,7 +520,7 @@ class Controller:
         best = int(np.argmin(power))
         return int(self._clocks_mhz[best]) if np.isfinite(power[best]) else 0
 
-    def _row(self, judgement: _Judgement, index: int) -> ClockRow:
+    def _row(self, judgement: _Judgement, index: int, *, feasible: bool) -> ClockRow:
         slack = judgement.slack
         slacks = []
         for slo in Slo:
@@ -421,6 +529,13 @@ class Controller:
                 row = rows[np.argmin(slack.slack_seconds[rows, index])]
                 number = int(slack.request_numbers[row])
                 slacks.append(Binding(slo, number, float(slack.slack_seconds[row, index])))
+        late_ratio = None
+        if judgement.lateness is not None:
+            lateness = judgement.lateness
+            late_ratio = float(lateness.excess_ratio[index])
+            left = float(lateness.request_slack_seconds[index])
+            if lateness.request_number:
+                slacks.append(Binding(Slo.TPOT, lateness.request_number, left))
         long_run = None
         if self._cruise is not None and np.isfinite(self._cruise.power_watts[index]):
             long_run = float(self._cruise.power_watts[index]) * len(self._profile.gpu_uuids)
@@ -430,7 +545,8 @@ class Controller:
             iteration_upper_seconds=float(judgement.latency_upper_seconds[index]),
             power_watts=float(judgement.power_watts[index]),
             long_run_power_watts=long_run,
-            feasible=all(each.slack_seconds >= 0.0 for each in slacks),
+            late_ratio=late_ratio,
+            feasible=feasible,
             slacks=tuple(slacks),
         )
 

@@ -99,18 +99,27 @@ class Interruptions:
     Attributes:
         batches: Batches of the table's rows, rising, (G,).
         ratios: Stretch at each batch and clock, 1 or more, (G, C).
+        token_seconds: Time that a prompt token adds to an iteration, likewise.
     """
 
     batches: NDArray[np.float64]
     ratios: NDArray[np.float64]
+    token_seconds: NDArray[np.float64]
 
-    def at(self, batch: NDArray[np.float64]) -> NDArray[np.float64]:
+    def stretch_ratio(self, batch: NDArray[np.float64]) -> NDArray[np.float64]:
         """Stretch at each of (K,) batches and every clock, (K, C)."""
+        return self._at(self.ratios, batch)
+
+    def prompt_token_seconds(self, batch: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Time that a prompt token adds at each of (K,) batches and every clock, (K, C)."""
+        return self._at(self.token_seconds, batch)
+
+    def _at(self, table: NDArray[np.float64], batch: NDArray[np.float64]) -> NDArray[np.float64]:
         grid = self.batches
         lower = np.clip(np.searchsorted(grid, batch, side="right") - 1, 0, len(grid) - 2)
         share = np.clip((batch - grid[lower]) / (grid[lower + 1] - grid[lower]), 0.0, 1.0)
         share = share[:, None]
-        return self.ratios[lower] * (1.0 - share) + self.ratios[lower + 1] * share
+        return table[lower] * (1.0 - share) + table[lower + 1] * share
 
 
 def expect_interruptions(
@@ -127,8 +136,11 @@ def expect_interruptions(
     """
     decode_seconds, mixed_seconds = np.split(prediction.latency_seconds, 2)
     rate = _burst_rate(load, deviations)
-    share = np.clip(rate * (mixed_seconds - decode_seconds), 0.0, _PREFILL_BUSY_LIMIT)
-    return Interruptions(_grid(limits), 1.0 / (1.0 - share))
+    added = np.maximum(mixed_seconds - decode_seconds, 0.0)
+    share = np.minimum(rate * added, _PREFILL_BUSY_LIMIT)
+    iterations = max(load.prefill_iterations_per_second, 1e-9)
+    tokens = max(load.prefill_tokens_per_second / iterations, 1.0)
+    return Interruptions(_grid(limits), 1.0 / (1.0 - share), added / tokens)
 
 
 def settle(
@@ -136,7 +148,6 @@ def settle(
     limits: CarryingLimits,
     prediction: Prediction,
     idle_power_watts: NDArray[np.float64],
-    deviations: float = 0.0,
 ) -> Equilibrium:
     """Find the equilibrium of every clock.
 
@@ -145,8 +156,6 @@ def settle(
         limits: What may not be exceeded.
         prediction: Of `equilibrium_shapes(load, limits)`.
         idle_power_watts: Power while nothing runs, if this clock is the cruise clock, (C,).
-        deviations: Standard deviations by which batch and prompts may exceed their means while the
-            mean gap still keeps its limit.
     """
     grid = _grid(limits)
     decode_seconds, mixed_seconds = np.split(prediction.latency_seconds, 2)
@@ -178,16 +187,11 @@ def settle(
         + (1.0 - busy) * idle_power_watts
     )
     first_token = at(mixed_seconds) / (1.0 - np.minimum(prefill_share, _PREFILL_BUSY_LIMIT))
-    # Batch and prompts fluctuate like Poisson numbers; a request meets one stretch of them.
-    crowded = _interpolation(grid, _while_busy(batch + deviations * np.sqrt(batch)))
-    burst_rate = _burst_rate(load, deviations)
-    burst_share = np.minimum(crowded(mixed_seconds) * burst_rate, _PREFILL_BUSY_LIMIT)
-    crowded_rate = burst_rate + (1.0 - burst_share) / crowded(decode_seconds)
     carried = (
         (prefill_share < _PREFILL_BUSY_LIMIT)
         & (batch < 0.999 * min(limits.batch_requests, grid[-1]))
         & (batch * load.context_tokens < limits.kv_tokens)
-        & (crowded_rate * limits.tpot_seconds >= 1.0)
+        & (rate * limits.tpot_seconds >= 1.0)
         & (first_token <= limits.ttft_seconds)
     )
     return Equilibrium(np.where(carried, power, np.inf), batch, busy, 1.0 / rate)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -30,8 +30,6 @@ _PRIOR_SPREAD = 1.1
 _PRIOR_WEIGHT = 4.0
 #: Counts are halved once they exceed this many answers, so that the curve follows a drift.
 _MEMORY_ANSWERS = 4000.0
-#: An answer may end early; this share of those alive is allowed to, when its limits are judged.
-_EARLY_SHARE = 0.02
 #: The curve is computed anew when this share of answers is new.
 _REFRESH_SHARE = 0.02
 
@@ -55,21 +53,13 @@ class RequestLengths:
     predicted_output_tokens: NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class LengthBelief:
-    """What is believed of their remaining output, tokens, at least 1; (n,) each.
-
-    Attributes:
-        planned_tokens: To plan with; whole.
-        early_tokens: Within these, one in fifty ends; never more than planned.
-    """
-
-    planned_tokens: NDArray[np.float64]
-    early_tokens: NDArray[np.float64]
-
-
 class LengthCurve:
-    """Survival curve of one class of requests."""
+    """Survival curve of some requests."""
+
+    _starts: NDArray[np.float64]
+    _survival: NDArray[np.float64]
+    _excess: NDArray[np.float64]
+    _expected_remaining: NDArray[np.float64]
 
     def __init__(self) -> None:
         logs = np.log(_EDGES / _PRIOR_MEDIAN_TOKENS) / _PRIOR_SPREAD
@@ -77,7 +67,7 @@ class LengthCurve:
         self._ended = _PRIOR_WEIGHT * density / density.sum()
         self._censored = np.zeros_like(self._ended)
         self._unseen = 0.0
-        self._expected_remaining, self._early_remaining = self._compute()
+        self._compute()
 
     def add(self, generated_tokens: int, *, censored: bool) -> None:
         """Take in one answer of `generated_tokens`, which ended there or was cut there."""
@@ -88,7 +78,7 @@ class LengthCurve:
             if self._ended.sum() + self._censored.sum() > _MEMORY_ANSWERS:
                 self._ended *= 0.5
                 self._censored *= 0.5
-            self._expected_remaining, self._early_remaining = self._compute()
+            self._compute()
             self._unseen = 0.0
 
     def expected_remaining_tokens(
@@ -99,56 +89,94 @@ class LengthCurve:
         remaining: NDArray[np.float64] = self._expected_remaining[positions]
         return remaining
 
-    def early_remaining_tokens(self, generated_tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Tokens within which one answer in fifty ends, for each g in `generated_tokens`."""
-        positions = np.searchsorted(_EDGES, generated_tokens, side="right")
-        early: NDArray[np.float64] = self._early_remaining[positions]
-        return early
+    def survival_ratio(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Share of answers longer than each of `tokens`."""
+        alive: NDArray[np.float64] = np.interp(tokens, self._starts, self._survival)
+        return alive
 
-    def _compute(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        # Entry i is for g in [edge[i-1], edge[i]): the answer outlived the bins before i.
+    def successor_ratio(self, iterations: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Share of a steady batch that is not of today's requests, so many iterations from now.
+
+        What is left of the requests of a steady batch follows the curve's stationary excess.
+        """
+        joined: NDArray[np.float64] = 1.0 - np.interp(iterations, self._starts, self._excess)
+        return joined
+
+    def _compute(self) -> None:
+        # Entry i is for g in [start[i], start[i+1]): the answer outlived the bins before i.
         at_risk = np.cumsum((self._ended + self._censored)[::-1])[::-1]
         hazard = np.divide(self._ended, at_risk, out=np.zeros_like(at_risk), where=at_risk > 0)
         survival = np.concatenate([[1.0], np.cumprod(1.0 - np.minimum(hazard, 1.0))])
         starts = np.concatenate([[0.0], _EDGES])
-        widths = np.diff(starts)
         # Mean residual life by the area under the curve: sum over later bins of S * width.
-        area = np.concatenate([np.cumsum((survival[:-1] * widths)[::-1])[::-1], [0.0]])
+        area = np.cumsum((survival[:-1] * np.diff(starts))[::-1])[::-1]
+        area = np.concatenate([area, [0.0]])
         remaining = np.divide(area, survival, out=np.ones_like(area), where=survival > 1e-12)
-        # The first bin after which less than nine tenths of those alive at i are left.
-        ends = np.searchsorted(-survival, -(1.0 - _EARLY_SHARE) * survival, side="left")
-        early = starts[np.minimum(ends, len(starts) - 1)] - starts
-        return np.maximum(remaining, 1.0), np.maximum(early, 1.0)
+        self._starts, self._survival = starts, survival
+        self._excess = area / area[0]
+        self._expected_remaining = np.maximum(remaining, 1.0)
 
 
 class LengthBeliefs:
-    """One curve per class, and what the engine itself predicts."""
+    """One curve per class, one of everyone, and what the engine itself predicts."""
 
     def __init__(self) -> None:
         self._curves: dict[str, LengthCurve] = {}
+        self._everyone = LengthCurve()
+
+    @property
+    def everyone(self) -> LengthCurve:
+        """The curve of all requests, for those that have not come yet."""
+        return self._everyone
 
     def add(self, length_class: str, generated_tokens: int, *, censored: bool) -> None:
         """Take in one answer of a class."""
         self._curve(length_class).add(generated_tokens, censored=censored)
+        self._everyone.add(generated_tokens, censored=censored)
 
-    def beliefs(self, requests: RequestLengths) -> LengthBelief:
-        """Planned and early remaining output of each request.
+    def planned_tokens(self, requests: RequestLengths) -> NDArray[np.float64]:
+        """Remaining output of each request to plan with, tokens, whole, at least 1, (n,).
 
         An engine's prediction is used until the answer has outlived it (throttLL'eM falls back to
         the maximum there; the curve is used instead, capped by the maximum).
         """
         generated = requests.generated_tokens
-        remaining, early = np.empty(len(generated)), np.empty(len(generated))
-        for index in np.unique(requests.class_index).astype(int):
-            mask = requests.class_index == index
-            curve = self._curve(requests.classes[index])
+        remaining = np.empty(len(generated))
+        for mask, curve in self._by_class(requests):
             remaining[mask] = curve.expected_remaining_tokens(generated[mask])
-            early[mask] = curve.early_remaining_tokens(generated[mask])
         predicted = requests.predicted_output_tokens - generated
         remaining = np.where(predicted > 0, predicted, remaining)  # NaN compares false
         limit = np.maximum(requests.max_output_tokens - generated, 1.0)
-        planned = np.maximum(np.ceil(np.minimum(remaining, limit)), 1.0)
-        return LengthBelief(planned, np.minimum(early, planned))
+        planned: NDArray[np.float64] = np.maximum(np.ceil(np.minimum(remaining, limit)), 1.0)
+        return planned
+
+    def ending_shares(
+        self, requests: RequestLengths, ahead_tokens: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Probability that each answer ends within each stretch of its next tokens, (n, K).
+
+        Args:
+            requests: The requests, n of them; each is known to go on.
+            ahead_tokens: Ends of the stretches, tokens from now, rising in each row, (n, K).
+        """
+        reached = requests.generated_tokens[:, None] + ahead_tokens
+        alive = np.empty_like(reached)
+        for mask, curve in self._by_class(requests):
+            now = curve.survival_ratio(requests.generated_tokens[mask])
+            alive[mask] = curve.survival_ratio(reached[mask]) / np.maximum(now, 1e-9)[:, None]
+        predicted = requests.predicted_output_tokens
+        guessed = predicted > requests.generated_tokens
+        if guessed.any():
+            alive[guessed] = reached[guessed] < predicted[guessed, None]
+        alive[reached >= requests.max_output_tokens[:, None]] = 0.0
+        shares: NDArray[np.float64] = -np.diff(alive, axis=1, prepend=1.0)
+        return shares
+
+    def _by_class(
+        self, requests: RequestLengths
+    ) -> Iterator[tuple[NDArray[np.bool_], LengthCurve]]:
+        for index in np.unique(requests.class_index).astype(int):
+            yield requests.class_index == index, self._curve(requests.classes[index])
 
     def _curve(self, length_class: str) -> LengthCurve:
         curve = self._curves.get(length_class)

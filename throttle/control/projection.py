@@ -21,7 +21,7 @@ from throttle.control.scoreboard import Column, LiveRequests
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from throttle.control.lengths import LengthBelief
+    from throttle.control.lengths import LengthCurve
     from throttle.control.state import EngineProfile, ScheduledRequests
 
 #: Prompt iterations planned one by one; what remains is planned as one segment.
@@ -29,7 +29,7 @@ _EXACT_PREFILL_SEGMENTS = 8
 #: Columns of a shape that prompts fill: requests, tokens, tokens in KV, query-key pairs.
 _PROMPT_COLUMNS = (0, 1, 2, 6)
 #: Lengths of the decode segments, iterations. Short ones first: the near future decides most.
-_DECODE_SEGMENT_ITERATIONS = (1, 4, 8, 16, 32, 64)
+_DECODE_SEGMENT_ITERATIONS = (1, 1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,6 @@ class Horizon:
         prompt_lengths: Planned output of `prompts`, tokens, (p,).
         decodes: Rows of the requests that generate now, (d, columns).
         remaining_tokens: Planned remaining output of `decodes`, (d,).
-        early_tokens: Tokens within which one in fifty of `decodes` ends, (d,).
     """
 
     shapes: NDArray[np.float64]
@@ -68,7 +67,6 @@ class Horizon:
     prompt_lengths: NDArray[np.float64]
     decodes: NDArray[np.float64]
     remaining_tokens: NDArray[np.float64]
-    early_tokens: NDArray[np.float64]
 
     @property
     def empty(self) -> bool:
@@ -88,29 +86,57 @@ class Horizon:
         return before[positions.segments] + positions.iterations
 
 
+@dataclass(frozen=True, slots=True)
+class Successors:
+    """Requests to come that will take the place of those that end.
+
+    Attributes:
+        lengths: How long answers are.
+        batch_requests: The batch that the load settles at.
+        context_tokens: Mean context of a generating request.
+    """
+
+    lengths: LengthCurve
+    batch_requests: float
+    context_tokens: float
+
+    def join(self, shapes: NDArray[np.float64], iterations: NDArray[np.float64]) -> None:
+        """Add them to the generating requests of (K, 7) shapes, in place."""
+        middles = np.cumsum(iterations) - 0.5 * iterations
+        joined = self.batch_requests * self.lengths.successor_ratio(middles)
+        shapes[:, 3] += joined
+        shapes[:, 4] += joined * self.context_tokens
+        shapes[:, 5] += joined
+
+
 def project(
-    live: LiveRequests, running: LengthBelief, waiting: LengthBelief, profile: EngineProfile
+    live: LiveRequests,
+    running_tokens: NDArray[np.float64],
+    waiting_tokens: NDArray[np.float64],
+    profile: EngineProfile,
+    successors: Successors | None = None,
 ) -> Horizon:
     """Project per-request knowledge.
 
     Args:
         live: Rows of the running and waiting requests.
-        running: What is believed of the remaining output of the running requests.
-        waiting: The same of the waiting ones.
+        running_tokens: Planned remaining output of each running request.
+        waiting_tokens: The same of the waiting ones.
         profile: The engine's limits.
+        successors: Who will take the place of those that end; None for nobody.
     """
     prefilling = live.running[:, Column.COMPUTED] < live.running[:, Column.TARGET]
     decodes = live.running[~prefilling]
-    remaining = running.planned_tokens[~prefilling]
+    remaining = running_tokens[~prefilling]
     plan = _PromptPlan(live, prefilling, profile)
     plan.run()
     admitted = live.waiting[: plan.admitted_count]
     prompts = np.vstack([live.running[prefilling], admitted])
-    prompt_lengths = np.concatenate(
-        [running.planned_tokens[prefilling], waiting.planned_tokens[: len(admitted)]]
-    )
+    prompt_lengths = np.concatenate([running_tokens[prefilling], waiting_tokens[: len(admitted)]])
     generating = _Generating.of(plan, decodes, remaining, prompts, prompt_lengths)
     shapes, iterations, kv_blocks = _lay_over(plan, generating, profile.kv_block_tokens)
+    if successors is not None:
+        successors.join(shapes, iterations)
     return Horizon(
         shapes=shapes,
         iterations=iterations,
@@ -122,7 +148,6 @@ def project(
         prompt_lengths=prompt_lengths,
         decodes=decodes,
         remaining_tokens=remaining,
-        early_tokens=running.early_tokens[~prefilling],
     )
 
 
@@ -142,7 +167,6 @@ def project_aggregates(scheduled: ScheduledRequests, iterations: float) -> Horiz
         prompt_lengths=np.empty(0),
         decodes=nobody,
         remaining_tokens=np.empty(0),
-        early_tokens=np.empty(0),
     )
 
 

@@ -65,11 +65,20 @@ class LiveRequests:
 
 @dataclass(frozen=True, slots=True)
 class EndedRequest:
-    """A request that left; `censored` when its own end was not seen."""
+    """A request that left.
+
+    Attributes:
+        length_class: Its class.
+        generated_tokens: Its output.
+        censored: Whether its own end was not seen.
+        mean_gap_ratio: Its mean gap between tokens over its limit; None where there is no limit, or
+            no gap, or no end.
+    """
 
     length_class: str
     generated_tokens: int
     censored: bool
+    mean_gap_ratio: float | None = None
 
 
 class Scoreboard:
@@ -137,7 +146,7 @@ class Scoreboard:
             if slot in self._running:
                 self._running.remove(slot)
             return None
-        return self._end(event, slot)
+        return self._end(event, slot, now)
 
     def _admit(self, event: RequestEvent, now: float) -> None:
         slot = self._take_slot(event.request_number)
@@ -158,7 +167,7 @@ class Scoreboard:
         row[Column.E2E] = _or(slos.e2e_seconds, math.inf)
         self._waiting[event.request_number] = None
 
-    def _end(self, event: RequestEvent, slot: int) -> EndedRequest:
+    def _end(self, event: RequestEvent, slot: int, now: float) -> EndedRequest:
         row = self._rows[slot]
         generated = max(event.generated_tokens, int(row[Column.GENERATED]))
         cut = event.kind is EventKind.ABORTED or generated >= row[Column.MAX_OUTPUT]
@@ -167,7 +176,12 @@ class Scoreboard:
             self._running.remove(slot)
         del self._slot_by_number[event.request_number]
         self._free.append(slot)
-        return EndedRequest(self._class_name(row), generated, cut)
+        gap_ratio = None
+        gaps = generated - row[Column.FIRST_GENERATED]
+        if event.kind is not EventKind.ABORTED and gaps > 0 and math.isfinite(row[Column.TPOT]):
+            lasted = now - event.age_seconds - row[Column.FIRST_TOKEN]
+            gap_ratio = float(lasted / gaps / row[Column.TPOT])
+        return EndedRequest(self._class_name(row), generated, cut, gap_ratio)
 
     def _apply_progress(
         self, progress: RequestProgress, state: IterationState

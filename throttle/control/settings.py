@@ -16,12 +16,15 @@ class ControlSettings:
     Attributes:
         ttft_guard_ratio: Share of the time left to a first token that may be planned with.
         tbt_guard_ratio: Share of the limit on a single gap that may be planned with.
-        tpot_guard_ratio: Share of the limit on the mean gap that may be planned with.
+        tpot_guard_ratio: Share of the limit on the mean gap that may be planned with, where nothing
+            is known of single requests.
+        late_budget_ratio: Share of answers whose mean gap may miss its limit because the clock is
+            not the fastest.
+        late_band_ratio: How many times that share may be expected before the clock is raised; it is
+            raised to where the share is kept.
         e2e_guard_ratio: Share of the time left to a last token that may be planned with.
         reserve_seconds: Kept back from every first token for one switch and one decision.
         burst_deviations: Standard deviations of the number of prompts to come that are planned for.
-        cruise_deviations: Standard deviations of batch and prompts under which the cruise clock
-            must still keep the mean gap.
         violation_ratio: Share of iterations that may exceed the latency bound.
         floor_clock_ratio: Lowest clock while work runs, as a share of the highest.
         ceiling_clock_ratio: Highest clock ever chosen, as a share of the highest.
@@ -40,16 +43,17 @@ class ControlSettings:
     ttft_guard_ratio: float = 0.8
     tbt_guard_ratio: float = 0.95
     tpot_guard_ratio: float = 0.95
+    late_budget_ratio: float = 0.0005
+    late_band_ratio: float = 2.0
     e2e_guard_ratio: float = 0.9
     reserve_seconds: float = 0.05
     burst_deviations: float = 1.0
-    cruise_deviations: float = 1.5
     violation_ratio: float = 0.01
-    floor_clock_ratio: float = 0.4
+    floor_clock_ratio: float = 0.2
     ceiling_clock_ratio: float = 1.0
-    dwell_seconds: float = 1.0
+    dwell_seconds: float = 0.5
     least_gain_ratio: float = 0.01
-    raise_step_ratio: float = 0.1
+    raise_step_ratio: float = 0.05
     load_time_constant_seconds: float = 60.0
     load_settling_seconds: float = 5.0
     cruise_period_seconds: float = 1.0
@@ -90,6 +94,12 @@ class ControlSettings:
             )
         if not 0.0 < self.violation_ratio < 0.5:
             found.append(f"violation_ratio is {self.violation_ratio}; allowed: above 0, below 0.5")
+        if not 0.0 < self.late_budget_ratio < 0.5:
+            found.append(
+                f"late_budget_ratio is {self.late_budget_ratio}; allowed: above 0, below 0.5"
+            )
+        if not 1.0 <= self.late_band_ratio < math.inf:
+            found.append(f"late_band_ratio is {self.late_band_ratio}; allowed: 1 or more, finite")
         if self.floor_clock_ratio > self.ceiling_clock_ratio:
             found.append(
                 f"floor_clock_ratio is {self.floor_clock_ratio}; "
@@ -110,7 +120,6 @@ _SHARES = (
 _NOT_NEGATIVE = (
     "reserve_seconds",
     "burst_deviations",
-    "cruise_deviations",
     "dwell_seconds",
     "least_gain_ratio",
     "raise_step_ratio",

@@ -2,8 +2,9 @@
 
 One row per limit that could bind: its allowance (time the limit still grants) less the projected
 time to the moment it speaks of. Limits are read as in the literature: TTFT from arrival to the
-first token, TPOT the mean gap over the whole answer (so tokens served early pay for later ones),
-TBT every single gap, E2E from arrival to the last token.
+first token, TBT every single gap, E2E from arrival to the last token. TPOT, the mean gap over a
+whole answer, is judged where it ends, which nobody knows: see `throttle.control.lateness`. Only
+where nothing is known of single requests is it a limit on the next iteration.
 """
 
 from __future__ import annotations
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
     from throttle.control.state import Slos
 
-#: A request's mean gap is judged as many tokens ahead as one in fifty will not reach, within these
-#: bounds: far enough to average a prompt chunk out, near enough that an early end does no harm.
-_TPOT_LOOKAHEAD_TOKENS = (12.0, 48.0)
 #: Only the gaps of the next segments are judged token by token.
 _TBT_DECODE_SEGMENTS = 2
 
@@ -45,7 +43,7 @@ class Guards:
     Attributes:
         ttft_ratio: Of the time left to a first token: bursts may join the queue.
         tbt_ratio: Of the limit on a single gap.
-        tpot_ratio: Of the limit on the mean gap.
+        tpot_ratio: Of the limit on the mean gap, where nothing is known of single requests.
         e2e_ratio: Of the time left to the last token: lengths are beliefs.
         reserve_seconds: Kept back from a first token: one clock switch and one decision.
     """
@@ -105,7 +103,6 @@ class _Timeline:
             latency = latency * stretch
         self._latency = latency
         spent = np.cumsum(latency * horizon.iterations[:, None], axis=0)
-        self._ends = spent
         self._before = np.vstack([np.zeros(latency.shape[1]), spent[:-1]])
 
     def at(self, positions: Positions) -> NDArray[np.float64]:
@@ -113,10 +110,6 @@ class _Timeline:
         step = self._latency[positions.segments] * positions.iterations[:, None]
         seconds: NDArray[np.float64] = self._before[positions.segments] + step
         return seconds
-
-    def ends_at_fastest(self) -> NDArray[np.float64]:
-        """Seconds to the end of each segment at the fastest clock, (K,)."""
-        return self._ends[:, -1]
 
     def at_fastest(self, positions: Positions) -> NDArray[np.float64]:
         """Seconds to each position at the fastest clock, (n,)."""
@@ -151,7 +144,6 @@ def measure_slack(
         _first_token_rows(horizon, now_seconds, guards),
         *_last_token_rows(horizon, now_seconds, guards),
     ]
-    rows += _mean_gap_rows(horizon, upper, now_seconds, guards)
     slack, slos, numbers, lost = [], [], [], []
     for limit in rows:
         savable = expected.at_fastest(limit.positions) <= limit.granted_seconds
@@ -221,47 +213,6 @@ def _last_token_rows(horizon: Horizon, now: float, guards: Guards) -> list[_Rows
             rows = _Rows(Slo.E2E, horizon.positions(ends), granted, planned, numbers)
             result.append(_pick(rows, applies))
     return result
-
-
-def _mean_gap_rows(horizon: Horizon, upper: _Timeline, now: float, guards: Guards) -> list[_Rows]:
-    """Mean gaps, judged soon; for requests behind their schedule, where they can have caught up.
-
-    Judged at ends of segments, so that requests share rows.
-    """
-    applies = np.isfinite(horizon.decodes[:, Column.TPOT])
-    if not applies.any():
-        return []
-    requests, planned = horizon.decodes[applies], horizon.remaining_tokens[applies]
-    ends = np.cumsum(horizon.iterations)
-    early = np.clip(horizon.early_tokens[applies], *_TPOT_LOOKAHEAD_TOKENS)
-    soon = np.minimum(np.searchsorted(ends, np.minimum(planned, early)), len(ends) - 1)
-    gaps = requests[:, Column.GENERATED] - requests[:, Column.FIRST_GENERATED]
-    elapsed = now - requests[:, Column.FIRST_TOKEN]
-    tpot = requests[:, Column.TPOT]
-
-    def rows(mask: NDArray[np.bool_], tokens: NDArray[np.float64]) -> _Rows:
-        granted = tpot[mask] * (gaps[mask] + tokens)
-        return _Rows(
-            Slo.TPOT,
-            horizon.positions(tokens),
-            granted - elapsed[mask],
-            granted * guards.tpot_ratio - elapsed[mask],
-            requests[mask, Column.NUMBER],
-        )
-
-    everyone = np.ones(len(requests), dtype=bool)
-    judged = rows(everyone, ends[soon])
-    behind = upper.at_fastest(judged.positions) > judged.planned_seconds
-    if not behind.any():
-        return [judged]
-    # (b, K): at which ends of segments the fastest clock would have caught up.
-    allowed = tpot[behind, None] * guards.tpot_ratio * (gaps[behind, None] + ends)
-    caught_up = upper.ends_at_fastest() <= allowed - elapsed[behind, None]
-    caught_up &= np.arange(len(ends)) >= soon[behind, None]
-    first = np.where(caught_up.any(axis=1), caught_up.argmax(axis=1), len(ends) - 1)
-    latest = np.maximum(planned[behind], ends[soon[behind]])
-    tokens = np.where(caught_up.any(axis=1), np.minimum(ends[first], latest), latest)
-    return [_pick(judged, ~behind), rows(behind, tokens)]
 
 
 def _single_gap_slack(

@@ -26,6 +26,13 @@ _GOLDEN_STEP = (math.sqrt(5.0) - 1.0) / 2.0
 #: minutes before the first token is generated.
 _FILLING_TOKENS_LIMIT = 262_144
 
+#: Batches at which the KV cache is filled as far as it goes, and how far that is: minutes of
+#: prompts pay for seconds of deep decoding, so there are few such points.
+_DEEP_BATCHES = (48, 192, 384)
+_DEEP_RATIO = 0.9
+_DEEP_TOKENS_LIMIT = 524_288
+_DEEP_OUTPUTS = (256, 512)
+
 #: Idle power needs few pauses.
 _PAUSE_EVERY = 4
 
@@ -105,6 +112,7 @@ def profiling_points(
             )
             context *= 4
         batch *= 2
+    points.extend(_deep_points(kv_tokens, seconds_per_point, longest_context))
     chunk = 64
     while chunk <= batched_tokens_limit:  # prompts alone: one token each, then gone
         lengths = Lengths((chunk // 2, chunk), (1, 1))
@@ -114,6 +122,21 @@ def profiling_points(
     # the k-th step of the sequence takes the point at its place in the list
     order = sorted(range(len(points)), key=positions.__getitem__)
     return tuple(points[index] for index in _inverse(order))
+
+
+def _deep_points(
+    kv_tokens: int, seconds_per_point: float, longest_context: int
+) -> list[LoadPoint]:
+    """Points that fill the KV cache: without them long answers leave what was profiled."""
+    points = []
+    filled = _DEEP_RATIO * min(kv_tokens, _DEEP_TOKENS_LIMIT)
+    for batch in _DEEP_BATCHES:
+        # Prompts are drawn from half the context to all of it, three quarters on average.
+        context = int(filled / batch / 0.75)
+        if context <= longest_context:
+            lengths = Lengths((max(16, context // 2), context), _DEEP_OUTPUTS)
+            points.append(LoadPoint(batch, lengths, seconds_per_point))
+    return points
 
 
 def chosen_points(

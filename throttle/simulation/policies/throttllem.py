@@ -151,7 +151,7 @@ class Throttllem:
         """Planned remaining output, inflated and capped, at least 1."""
         if not len(rows):
             return np.empty(0)
-        belief = self._lengths.beliefs(
+        planned_tokens = self._lengths.planned_tokens(
             RequestLengths(
                 self._view.length_classes,
                 rows[:, Column.LENGTH_CLASS],
@@ -159,8 +159,8 @@ class Throttllem:
                 rows[:, Column.MAX_OUTPUT],
                 rows[:, Column.PREDICTED_OUTPUT],
             )
-        ).planned_tokens
-        inflated = np.ceil(belief * (1.0 + self._knobs.length_margin_ratio))
+        )
+        inflated = np.ceil(planned_tokens * (1.0 + self._knobs.length_margin_ratio))
         limit = rows[:, Column.MAX_OUTPUT] - rows[:, Column.GENERATED]
         planned: NDArray[np.float64] = np.maximum(np.minimum(inflated, limit), 1.0)
         return planned

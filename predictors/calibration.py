@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 CLOCK_BAND_EDGES: tuple[float, ...] = (0.5, 0.75)
 
 #: Groups of iterations with a bound of their own. Where several prompts of which some have old KV
-#: are computed together, the sums do not tell which prompt looks back how far, and with it how much
-#: attention costs: such iterations are less sure, and would widen the bound of all prompts.
+#: are computed together, sums alone do not tell which prompt looks back how far, and not every
+#: engine reports query-key pairs: such iterations are less sure, and would widen the bound of all.
 PHASES: tuple[str, ...] = ("decode", "prefill", "several_prefills")
 
 #: Old KV over new tokens from which several prompts count as unsure.

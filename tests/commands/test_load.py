@@ -21,6 +21,7 @@ class FakeEngine(ThreadingHTTPServer):
     """Streams as many tokens as asked for; remembers what came and how much ran at once."""
 
     daemon_threads = True
+    request_queue_size = 256
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -58,10 +59,10 @@ class Handler(BaseHTTPRequestHandler):
             for number in range(body["max_tokens"]):
                 self._event({"choices": [{"text": str(number)}]})
             self._event({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}})
-            self.wfile.write(b"data: [DONE]\n\n")
         finally:
-            with engine.lock:
+            with engine.lock:  # before the client can know that it is done
                 engine.running -= 1
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def finish(self):
         with contextlib.suppress(BrokenPipeError):  # the client gave up

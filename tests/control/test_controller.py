@@ -15,7 +15,7 @@ from throttle.testing import FormulaPredictor
 
 PREDICTOR = FormulaPredictor()
 FASTEST = 1980
-LOWEST_WORKING = 795  # the first candidate at or above 0.4 of the fastest
+LOWEST_WORKING = 405  # the first candidate at or above 0.4 of the fastest
 
 
 def _controller(predictor=PREDICTOR, profile=None, **settings):

@@ -83,17 +83,6 @@ def test_clocks_that_cannot_carry_the_load_within_a_limit_are_out():
     assert np.isinf(_settle(load, kv).power_watts[:39]).all()
 
 
-def test_a_margin_for_crowded_times_raises_the_lowest_clock_that_carries_the_load():
-    load, limits = _load(1000.0), dataclasses.replace(OPEN, tpot_seconds=0.02)
-    prediction = PREDICTOR.predict(equilibrium_shapes(load, limits))
-    idle = PREDICTOR.idle_power_watts
-    lowest = [
-        int(np.flatnonzero(np.isfinite(settle(load, limits, prediction, idle, z).power_watts))[0])
-        for z in (0.0, 1.0, 2.0)
-    ]
-    assert lowest[0] < lowest[1] < lowest[2]
-
-
 def test_more_prompts_than_a_clock_can_compute_have_no_equilibrium():
     assert np.isinf(_settle(_load(200.0, requests_per_second=60.0)).power_watts).all()
 
@@ -105,7 +94,9 @@ def test_interruptions_stretch_time_by_what_prompts_add_per_second():
     decode, mixed = np.split(prediction.latency_seconds, 2)
     row = int(np.searchsorted(interruptions.batches, 16))
     expected = 1.0 / (1.0 - 5.0 * (mixed[row, -1] - decode[row, -1]))
-    assert interruptions.at(np.array([16.0]))[0, -1] == pytest.approx(expected)
+    assert interruptions.stretch_ratio(np.array([16.0]))[0, -1] == pytest.approx(expected)
+    per_token = (mixed[row, -1] - decode[row, -1]) / 1000.0
+    assert interruptions.prompt_token_seconds(np.array([16.0]))[0, -1] == pytest.approx(per_token)
     bursts = expect_interruptions(load, OPEN, prediction, deviations=1.0)
     assert (bursts.ratios >= interruptions.ratios).all()
 

@@ -43,7 +43,7 @@ def test_classes_are_learned_apart():
     requests = RequestLengths(
         ["short", "long"], np.array([0.0, 1.0]), np.zeros(2), np.full(2, math.inf), none
     )
-    planned = beliefs.beliefs(requests).planned_tokens
+    planned = beliefs.planned_tokens(requests)
     assert planned[0] < 40
     assert planned[1] > 1000
 
@@ -55,7 +55,7 @@ def test_classes_are_learned_apart():
 )
 def test_planned_tokens_are_whole_positive_and_within_the_limit(generated, limit, predicted):
     generated, limit = math.floor(generated), math.floor(limit)
-    belief = LengthBeliefs().beliefs(
+    (planned,) = LengthBeliefs().planned_tokens(
         RequestLengths(
             [""],
             np.zeros(1),
@@ -64,20 +64,52 @@ def test_planned_tokens_are_whole_positive_and_within_the_limit(generated, limit
             np.array([predicted]),
         )
     )
-    (planned,), (early,) = belief.planned_tokens, belief.early_tokens
     assert planned >= 1
     assert planned == math.floor(planned)
     assert planned <= max(limit - generated, 1)
-    assert 1 <= early <= planned
 
 
-def test_one_answer_in_fifty_ends_within_its_early_tokens():
+def _one(generated, limit=math.inf, predicted=math.nan):
+    return RequestLengths(
+        [""], np.zeros(1), np.array([generated]), np.array([limit]), np.array([predicted])
+    )
+
+
+def test_an_answer_ends_within_a_stretch_as_often_as_answers_did():
+    beliefs = LengthBeliefs()
+    for length in np.random.default_rng(3).geometric(1 / 100, size=4000):
+        beliefs.add("", int(length), censored=False)
+    (shares,) = beliefs.ending_shares(_one(50.0), np.array([[10.0, 40.0, 100.0]]))
+    stretches = np.diff(1.0 - 0.99 ** np.array([0.0, 10.0, 40.0, 100.0]))
+    np.testing.assert_allclose(shares, stretches, rtol=0.12)
+
+
+@given(
+    generated=st.integers(1, 3000),
+    limit=st.integers(1, 3000),
+    ends=st.lists(st.integers(1, 500), min_size=1, max_size=8, unique=True),
+)
+def test_ending_shares_are_probabilities_and_an_answer_ends_at_its_limit(generated, limit, ends):
+    ahead = np.array([sorted(float(each) for each in ends)])
+    shares = LengthBeliefs().ending_shares(_one(float(generated), float(limit)), ahead)
+    assert (shares >= -1e-12).all()
+    assert shares.sum() <= 1.0 + 1e-9
+    if generated + ahead[0, -1] >= limit:
+        assert shares.sum() == pytest.approx(1.0)
+
+
+def test_a_predicted_answer_ends_where_the_engine_says():
+    ahead = np.array([[5.0, 10.0, 20.0]])
+    shares = LengthBeliefs().ending_shares(_one(40.0, predicted=48.0), ahead)
+    assert shares.tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_successors_of_a_geometric_batch_come_as_fast_as_its_requests_go():
     curve = LengthCurve()
-    random = np.random.default_rng(3)
-    for length in random.geometric(1 / 1000, size=4000):
+    for length in np.random.default_rng(4).geometric(1 / 100, size=4000):
         curve.add(int(length), censored=False)
-    (early,) = curve.early_remaining_tokens(np.array([0.0]))
-    assert early == pytest.approx(1000 * math.log(50 / 49), rel=0.25)
+    joined = curve.successor_ratio(np.array([0.0, 50.0, 200.0]))
+    np.testing.assert_allclose(joined, 1.0 - 0.99 ** np.array([0.0, 50.0, 200.0]), atol=0.03)
 
 
 def test_an_engines_prediction_is_used_until_it_is_outlived():
@@ -85,6 +117,6 @@ def test_an_engines_prediction_is_used_until_it_is_outlived():
     requests = RequestLengths(
         [""], np.zeros(2), np.array([10.0, 60.0]), np.full(2, math.inf), np.array([50.0, 50.0])
     )
-    planned = beliefs.beliefs(requests).planned_tokens
+    planned = beliefs.planned_tokens(requests)
     assert planned[0] == 40
     assert planned[1] > 1

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.control.scenes import make_live, make_profile, make_row
-from throttle.control.lengths import LengthBelief
-from throttle.control.projection import project, project_aggregates
+from throttle.control.lengths import LengthCurve
+from throttle.control.projection import Successors, project, project_aggregates
 from throttle.control.state import ScheduledRequests
 
 BLOCK = 16
@@ -32,8 +32,8 @@ def _scene(generating, computing, waiting, **profile):
     planned_waiting = np.array([n for _, n in waiting], float)
     return project(
         make_live(running, queue),
-        LengthBelief(planned_running, planned_running),
-        LengthBelief(planned_waiting, planned_waiting),
+        planned_running,
+        planned_waiting,
         make_profile(**profile),
     )
 
@@ -169,3 +169,21 @@ def test_attention_pairs_are_those_that_the_engine_tells_else_estimated(told, pa
         prefill_attention_pairs=told,
     )
     assert project_aggregates(work, 32.0).shapes[0, 6] == pairs
+
+
+def test_successors_keep_a_steady_batch_steady():
+    lengths = LengthCurve()
+    for length in np.random.default_rng(5).geometric(1 / 100, size=4000):
+        lengths.add(int(length), censored=False)
+    running = [make_row(1 + i, generated=10) for i in range(40)]
+    # What is left of a geometric answer has the same mean at any age; those alive thin out.
+    planned = np.random.default_rng(6).geometric(1 / 100, size=40).astype(float)
+    nobody = np.empty(0)
+    alone = project(make_live(running), planned, nobody, make_profile())
+    successors = Successors(lengths, 40.0, 500.0)
+    joined = project(make_live(running), planned, nobody, make_profile(), successors)
+    assert alone.shapes[-1, 3] < 25
+    assert joined.shapes[:, 3] == pytest.approx(40, rel=0.2)
+    added = joined.shapes - alone.shapes
+    np.testing.assert_allclose(added[:, 4], 500.0 * added[:, 3])
+    np.testing.assert_allclose(added[:, 5], added[:, 3])

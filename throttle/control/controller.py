@@ -64,9 +64,9 @@ _BUSY_RATIO = 0.9
 class ClockRow:
     """One clock of the what-if table; power is that of all GPUs of the engine.
 
-    `late_ratio` is the share of answers whose mean gap would miss its limit because the clock is not
-    the fastest; None while that is not known. The slack of TPOT is that of one answer and informs
-    only: feasible is what keeps the other slacks and the budget of late answers.
+    `late_ratio` is the share of answers whose mean gap would miss its limit because the clock is
+    not the fastest; None while that is not known. The slack of TPOT is that of one answer and tells
+    a reader only: feasible is what keeps the other slacks and the budget of late answers.
     """
 
     clock_mhz: int
@@ -142,6 +142,8 @@ class Controller:
         self._feedback = PredictionFeedback(settings.violation_ratio)
         self._observations: list[_Observation] = []
         self._last_clock_mhz = 0
+        self._fastest_seconds = 0.0  # what all iterations so far would have taken at the fastest
+        self._fastest_ratio = 1.0  # duration at the fastest clock over that at the chosen one
         self._last_state_seconds = -np.inf
         self._cruise: Equilibrium | None = None
         self._interruptions: Interruptions | None = None
@@ -177,13 +179,16 @@ class Controller:
             observed_clock_mhz: Clock read from its GPUs as the state came; 0 when not known.
             observed_power_watts: Mean power of one GPU since the state before; None when not known.
         """
-        for ended in self._scoreboard.apply(state):
+        seconds = state.iteration_duration_seconds
+        if seconds is not None:
+            self._fastest_seconds += seconds * self._fastest_ratio
+        for ended in self._scoreboard.apply(state, self._fastest_seconds):
             self._lengths.add(ended.length_class, ended.generated_tokens, censored=ended.censored)
-            if ended.mean_gap_ratio is not None:
-                self._late_budget.learn(late=ended.mean_gap_ratio > 1.0)
+            if ended.mean_gap_ratio is not None and ended.fastest_gap_ratio is not None:
+                late = ended.mean_gap_ratio > 1.0 >= ended.fastest_gap_ratio
+                self._late_budget.learn(late=late)
         self._load.add(state)
         self._prompt_work.add(state)
-        seconds = state.iteration_duration_seconds
         # Only an iteration that ran at one clock teaches the predictor anything.
         steady = observed_clock_mhz == self._last_clock_mhz and observed_clock_mhz > 0
         self._last_clock_mhz = observed_clock_mhz
@@ -335,7 +340,7 @@ class Controller:
                 load.prefill_iterations_per_second * load.prefill_requests_per_iteration,
                 load.prefill_tokens_per_second,
             )
-        lateness = expect_lateness(
+        return expect_lateness(
             horizon,
             latency,
             upper,
@@ -345,9 +350,6 @@ class Controller:
             newcomers=newcomers,
             clocks=(self._floor, self._ceiling),
         )
-        if lateness is not None:
-            self._late_budget.expect(lateness.unavoidable_ratio)
-        return lateness
 
     def _kv_usage_ratio(self, state: IterationState) -> float:
         cache = state.kv_cache
@@ -452,6 +454,8 @@ class Controller:
             index, reason = self._selector.choose(feasible, self._long_run_power_watts(), now)
             # Where none is feasible the fastest is chosen; the operator's ceiling holds there too.
             index = self._selector.jump(min(index, self._ceiling), now)
+        latency = judgement.latency_seconds
+        self._fastest_ratio = float(latency[-1] / latency[index])
         return Decision(
             target_clock_mhz=int(self._clocks_mhz[index]),
             reason=reason,
@@ -490,7 +494,9 @@ class Controller:
         return Decision(int(self._clocks_mhz[index]), reason)
 
     def _binding(self, judgement: _Judgement, index: int) -> Binding | None:
+        """What forbids the next lower clock; where nothing does, what has the least slack."""
         slack, lateness = judgement.slack, judgement.lateness
+        lower = max(index - 1, 0)
         least = None
         if len(slack.slos):
             row = int(np.argmin(slack.slack_seconds[:, index]))
@@ -499,14 +505,12 @@ class Controller:
                 int(slack.request_numbers[row]),
                 float(slack.slack_seconds[row, index]),
             )
-        if lateness is None or index == 0:
+        if lateness is None or (least is not None and slack.slack_seconds[:, lower].min() < 0.0):
             return least
-        # The mean gap binds where one clock lower would be more than the budget allows.
-        if least is not None and lateness.excess_ratio[index - 1] <= self._late_budget.ratio:
-            return least
-        return Binding(
-            Slo.TPOT, lateness.request_number, float(lateness.request_slack_seconds[index])
-        )
+        if least is None or lateness.excess_ratio[lower] > self._late_budget.ratio:
+            left = float(lateness.request_slack_seconds[index])
+            return Binding(Slo.TPOT, lateness.request_number, left)
+        return least
 
     def _long_run_power_watts(self) -> NDArray[np.float64] | None:
         if self._cruise is None:

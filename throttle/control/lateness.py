@@ -86,14 +86,12 @@ class Lateness:
 
     Attributes:
         excess_ratio: Share of answers late because the clock is not the fastest, (C,), falling.
-        unavoidable_ratio: Share that is late at the fastest clock too.
         request_number: Whose answer has the largest part in it; 0 for those to come.
         request_slack_seconds: What that answer is expected to have left when it ends, at every
             clock, (C,).
     """
 
     excess_ratio: NDArray[np.float64]
-    unavoidable_ratio: float
     request_number: int
     request_slack_seconds: NDArray[np.float64]
 
@@ -144,7 +142,6 @@ def expect_lateness(
     number, slack = _foremost(decodes, prompts, everywhere, judged)
     return Lateness(
         np.exp(np.interp(everywhere, judged, np.log(excess + _LEAST_SHARE))) - _LEAST_SHARE,
-        float(share[-1]),
         number,
         slack,
     )
@@ -160,26 +157,21 @@ class LateBudget:
         target_ratio: Share of answers that may be late because of lower clocks.
     """
 
-    _STEP = 0.4
+    _STEP = 0.15
     _LIMITS = (math.log(1.0 / 8.0), math.log(2.0))
 
     def __init__(self, target_ratio: float) -> None:
         self._target_ratio = target_ratio
         self._log_scale = 0.0
-        self._unavoidable_ratio = 0.0
 
     @property
     def ratio(self) -> float:
         """Share to plan with now."""
         return self._target_ratio * math.exp(self._log_scale)
 
-    def expect(self, unavoidable_ratio: float) -> None:
-        """Take in the share that would be late at the fastest clock, as last computed."""
-        self._unavoidable_ratio += 0.01 * (unavoidable_ratio - self._unavoidable_ratio)
-
     def learn(self, *, late: bool) -> None:
-        """Take in one answer that ended."""
-        surplus = float(late) - self._unavoidable_ratio - self._target_ratio
+        """Take in one answer that ended, late for want of a faster clock or not."""
+        surplus = float(late) - self._target_ratio
         scale = self._log_scale - self._STEP * surplus
         self._log_scale = min(max(scale, self._LIMITS[0]), self._LIMITS[1])
 

@@ -48,6 +48,7 @@ class Column(enum.IntEnum):
     TBT = 12  # seconds
     TPOT = 13  # seconds
     E2E = 14  # seconds
+    FIRST_FASTEST = 15  # as FIRST_TOKEN, on a clock that counts what the fastest would have taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,14 @@ class EndedRequest:
         censored: Whether its own end was not seen.
         mean_gap_ratio: Its mean gap between tokens over its limit; None where there is no limit, or
             no gap, or no end.
+        fastest_gap_ratio: The same, had the clock been the fastest while it was generated.
     """
 
     length_class: str
     generated_tokens: int
     censored: bool
     mean_gap_ratio: float | None = None
+    fastest_gap_ratio: float | None = None
 
 
 class Scoreboard:
@@ -93,6 +96,7 @@ class Scoreboard:
         self._running: list[int] = []
         self._waiting: dict[int, None] = {}  # request numbers, in order of arrival
         self._progress_seen = False
+        self._fastest_seconds = 0.0
 
     @property
     def knows_requests(self) -> bool:
@@ -109,8 +113,15 @@ class Scoreboard:
         waiting = [self._slot_by_number[number] for number in self._waiting]
         return LiveRequests(self._rows[self._running], self._rows[waiting])
 
-    def apply(self, state: IterationState) -> list[EndedRequest]:
-        """Take in one state; returns the requests that ended with it."""
+    def apply(self, state: IterationState, fastest_seconds: float = 0.0) -> list[EndedRequest]:
+        """Take in one state; returns the requests that ended with it.
+
+        Args:
+            state: The state.
+            fastest_seconds: Time that the fastest clock would have taken for all that was computed
+                so far; only differences count.
+        """
+        self._fastest_seconds = fastest_seconds
         ended = []
         for event in state.request_events:
             gone = self._apply_event(event, state.engine_time_seconds)
@@ -133,6 +144,7 @@ class Scoreboard:
         row = self._rows[slot]
         if event.kind is EventKind.FIRST_TOKEN:
             row[Column.FIRST_TOKEN] = now - event.age_seconds
+            row[Column.FIRST_FASTEST] = self._fastest_seconds
             row[Column.FIRST_GENERATED] = 1
             row[Column.GENERATED] = max(row[Column.GENERATED], 1)
             return None
@@ -176,12 +188,14 @@ class Scoreboard:
             self._running.remove(slot)
         del self._slot_by_number[event.request_number]
         self._free.append(slot)
-        gap_ratio = None
+        gap_ratio = fastest_ratio = None
         gaps = generated - row[Column.FIRST_GENERATED]
         if event.kind is not EventKind.ABORTED and gaps > 0 and math.isfinite(row[Column.TPOT]):
             lasted = now - event.age_seconds - row[Column.FIRST_TOKEN]
             gap_ratio = float(lasted / gaps / row[Column.TPOT])
-        return EndedRequest(self._class_name(row), generated, cut, gap_ratio)
+            fastest = self._fastest_seconds - row[Column.FIRST_FASTEST]
+            fastest_ratio = float(fastest / gaps / row[Column.TPOT])
+        return EndedRequest(self._class_name(row), generated, cut, gap_ratio, fastest_ratio)
 
     def _apply_progress(
         self, progress: RequestProgress, state: IterationState
@@ -209,6 +223,7 @@ class Scoreboard:
         if state.phase is not Phase.PLANNED:
             fresh = np.isnan(rows[index, Column.FIRST_TOKEN]) & (generated >= 1)
             rows[index[fresh], Column.FIRST_TOKEN] = state.engine_time_seconds
+            rows[index[fresh], Column.FIRST_FASTEST] = self._fastest_seconds
             rows[index[fresh], Column.FIRST_GENERATED] = generated[fresh]
         return vanished
 

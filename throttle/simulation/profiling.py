@@ -124,9 +124,7 @@ def profiling_points(
     return tuple(points[index] for index in _inverse(order))
 
 
-def _deep_points(
-    kv_tokens: int, seconds_per_point: float, longest_context: int
-) -> list[LoadPoint]:
+def _deep_points(kv_tokens: int, seconds_per_point: float, longest_context: int) -> list[LoadPoint]:
     """Points that fill the KV cache: without them long answers leave what was profiled."""
     points = []
     filled = _DEEP_RATIO * min(kv_tokens, _DEEP_TOKENS_LIMIT)

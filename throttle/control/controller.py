@@ -15,6 +15,7 @@ from throttle.control.cruise import (
     Interruptions,
     equilibrium_shapes,
     expect_interruptions,
+    refund_watts,
     settle,
 )
 from throttle.control.feedback import PredictionFeedback
@@ -102,6 +103,8 @@ class _Judgement:
     latency_seconds: NDArray[np.float64]
     latency_upper_seconds: NDArray[np.float64]
     power_watts: NDArray[np.float64]
+    horizon_joules: NDArray[np.float64]
+    horizon_seconds: NDArray[np.float64]
     slack: SlackTable
     lateness: Lateness | None
     covered: bool
@@ -147,6 +150,7 @@ class Controller:
         self._last_state_seconds = -np.inf
         self._cruise: Equilibrium | None = None
         self._interruptions: Interruptions | None = None
+        self._refund_watts = 0.0
         self._work: PromptWork | None = None
         self._cruise_due_seconds = -np.inf
         self._idle_since_seconds: float | None = None
@@ -302,6 +306,10 @@ class Controller:
             latency_seconds=latency[0],
             latency_upper_seconds=upper[0],
             power_watts=prediction.power_watts[0] * self._power_factor(),
+            horizon_joules=horizon.iterations
+            @ (latency * prediction.power_watts)
+            * self._feedback.power_ratio,
+            horizon_seconds=horizon.iterations @ latency,
             slack=slack,
             lateness=lateness,
             covered=bool(self._predictor.covers(horizon.shapes[:near]).all()),
@@ -396,6 +404,9 @@ class Controller:
                 corrected,
                 self._resting_power_watts(),
             )
+            self._refund_watts = refund_watts(
+                load, limits, corrected, equilibrium, self._resting_power_watts()
+            )
             self._work = self._prompt_work.estimate()
             self._cruise = equilibrium
             self._interruptions = expect_interruptions(
@@ -451,7 +462,7 @@ class Controller:
             index, reason = self._selector.jump(self._ceiling, now), Reason.POOR_INFORMATION
         else:
             feasible = self._keeps_every_limit(judgement) & self._allowed
-            index, reason = self._selector.choose(feasible, self._long_run_power_watts(), now)
+            index, reason = self._selector.choose(feasible, self._cost_watts(judgement), now)
             # Where none is feasible the fastest is chosen; the operator's ceiling holds there too.
             index = self._selector.jump(min(index, self._ceiling), now)
         latency = judgement.latency_seconds
@@ -516,6 +527,21 @@ class Controller:
         if self._cruise is None:
             return None
         return np.where(self._allowed, self._cruise.power_watts, np.inf)
+
+    def _cost_watts(self, judgement: _Judgement) -> NDArray[np.float64] | None:
+        """What computing the horizon costs at each clock, per second of the present one, (C,).
+
+        Time is refunded at the rate that it is worth at this load. Where the batch is the one that
+        the load settles at, the least of it is the cruise clock; on the way there, and when work
+        runs out, it is not.
+        """
+        power = self._long_run_power_watts()
+        if power is None:
+            return None
+        seconds = judgement.horizon_seconds
+        joules = judgement.horizon_joules - self._refund_watts * seconds
+        cost = self._refund_watts + joules / seconds[self._selector.current]
+        return np.where(np.isfinite(power), cost, np.inf)
 
     def _cruise_clock_mhz(self) -> int:
         power = self._long_run_power_watts()

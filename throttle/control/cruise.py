@@ -13,7 +13,7 @@ and wrong at another (docs/decisions/0002-long-run-average-power.md).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +35,8 @@ _LEAST_BATCH = 1e-3
 _BISECTIONS = 18
 #: A clock at which prompts alone keep the engine this busy has no equilibrium worth the name.
 _PREFILL_BUSY_LIMIT = 0.95
+#: The slope of average power over load is taken between the present load and this share of it.
+_LESSER_LOAD_RATIO = 0.8
 #: Bursts are planned for over about the time that a mean gap is judged over: 48 tokens.
 _BURST_SECONDS = 2.0
 
@@ -195,6 +197,43 @@ def settle(
         & (first_token <= limits.ttft_seconds)
     )
     return Equilibrium(np.where(carried, power, np.inf), batch, busy, 1.0 / rate)
+
+
+def refund_watts(
+    load: OfferedLoad,
+    limits: CarryingLimits,
+    prediction: Prediction,
+    equilibrium: Equilibrium,
+    idle_power_watts: NDArray[np.float64],
+) -> float:
+    """What a second more is worth: the rate at which time is refunded to a slower clock.
+
+    Serving is a semi-Markov process: the best action minimizes P t - (g - c r) t, with g the least
+    average power at load r and c = dg/dr, what a unit of work costs at the margin. The tangent's
+    intercept g - c r is idle power where the engine is mostly idle, and far more where it never is.
+
+    Args:
+        load: What arrives.
+        limits: What may not be exceeded.
+        prediction: Of `equilibrium_shapes(load, limits)`.
+        equilibrium: Of this load.
+        idle_power_watts: As given to `settle`.
+
+    Returns:
+        Watts of one GPU, between the least idle power and the least average power.
+    """
+    lesser = replace(
+        load,
+        prefill_tokens_per_second=load.prefill_tokens_per_second * _LESSER_LOAD_RATIO,
+        prefill_iterations_per_second=load.prefill_iterations_per_second * _LESSER_LOAD_RATIO,
+        decode_tokens_per_second=load.decode_tokens_per_second * _LESSER_LOAD_RATIO,
+    )
+    least = float(equilibrium.power_watts.min())
+    if not math.isfinite(least):
+        return float(idle_power_watts.min())
+    less = float(settle(lesser, limits, prediction, idle_power_watts).power_watts.min())
+    intercept = least - (least - less) / (1.0 - _LESSER_LOAD_RATIO)
+    return min(max(intercept, float(idle_power_watts.min())), least)
 
 
 def _burst_rate(load: OfferedLoad, deviations: float) -> float:

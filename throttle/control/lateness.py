@@ -36,6 +36,9 @@ _NEWCOMER_GAPS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128.0])
 #: The calibrated upper bound of an iteration lies this many standard deviations above its mean: the
 #: normal distribution's 99 % quantile.
 _BOUND_DEVIATIONS = 2.33
+#: Answers to come will be judged again once they are here, and the clock raised for them: only this
+#: share of what a standing clock would make late has to be planned for now.
+_RECOURSE_RATIO = 0.1
 #: Below this no budget tells shares apart.
 _LEAST_SHARE = 1e-9
 #: Prompts alone never fill more of the time than this.
@@ -131,7 +134,7 @@ def expect_lateness(
     late = decodes.late.sum(axis=0) + prompts.late.sum(axis=0)
     if newcomers is not None:
         added, came = view.of_newcomers(newcomers, horizon.prefill_segments_count)
-        late, total = late + came * added, weight + came
+        late, total = late + _RECOURSE_RATIO * came * added, weight + came
     else:
         total = np.full(len(judged), weight)
     if not total.any():

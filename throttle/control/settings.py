@@ -43,7 +43,7 @@ class ControlSettings:
     ttft_guard_ratio: float = 0.8
     tbt_guard_ratio: float = 0.95
     tpot_guard_ratio: float = 0.95
-    late_budget_ratio: float = 0.0005
+    late_budget_ratio: float = 0.0003
     late_band_ratio: float = 2.0
     e2e_guard_ratio: float = 0.9
     reserve_seconds: float = 0.05

@@ -310,7 +310,8 @@ class FakeMachine:
         """Make calls of a function fail, take time or hang.
 
         Args:
-            function: Exported name, `FieldValue<id>` for one field, or `*` for all of them.
+            function: Exported name, `FieldValue<id>` for one field (`FieldValue<id>.<scope>` in a scope
+                other than GPU), or `*` for all of them.
             code: What is answered instead; 0 answers as usual. A missing function is 13.
             times: How often; None until removed.
             gpu_uuid: For this GPU only; None for all.

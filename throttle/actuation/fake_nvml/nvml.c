@@ -96,7 +96,7 @@ typedef struct {
 } Gpu;
 
 typedef struct {
-  char function[56];   /* exported name, FieldValue<id>, or * for all */
+  char function[56];   /* exported name, FieldValue<id>[.<scope>], or * for all */
   int32_t gpu;         /* -1: any */
   int32_t code;        /* 0: only the delay */
   int32_t remaining;   /* -1: until removed; 0: free slot */
@@ -744,7 +744,10 @@ EXPORT int nvmlDeviceGetFieldValues(void *device, int count, FieldValue *values)
   int codes[16] = {0};
   if (count < 1 || count > 16) return INVALID_ARGUMENT;
   for (int i = 0; initialized && i < count; i++) {
-    snprintf(name, sizeof name, "FieldValue%u", values[i].field);
+    if (values[i].scope == 0)
+      snprintf(name, sizeof name, "FieldValue%u", values[i].field);
+    else
+      snprintf(name, sizeof name, "FieldValue%u.%u", values[i].field, values[i].scope);
     codes[i] = injected(name, gpu_index(device));
   }
   ENTER(device);

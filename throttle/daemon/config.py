@@ -7,9 +7,10 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 # needed at run time: the fields' types are read from the annotations
+from throttle.actuation.backends import BackendKind  # noqa: TC001 - as above
 from throttle.control.settings import ControlSettings
 from throttle.daemon.layers import (
     ConfigurationError,
@@ -61,7 +62,8 @@ class DaemonConfig:
         tcp_allow_remote: Allow a tcp_address that other machines can reach; it is not encrypted.
         gpus: UUIDs of the GPUs that may be throttled; no other is ever written. Empty means every
             GPU of a simulated backend; real ones must be named.
-        backend: Driver of the GPUs.
+        backend: Driver of the GPUs: nvml sets and reads NVIDIA GPUs, observe reads them only,
+            simulated plays GPUs in a file.
         simulated_gpus: State file of the simulated GPUs, for the backend "simulated".
         bundles: Where trained bundles lie, each in its own directory.
         recordings: Where the iterations of every engine are recorded; empty records nothing.
@@ -78,7 +80,7 @@ class DaemonConfig:
     tcp_address: str = ""
     tcp_allow_remote: bool = False
     gpus: tuple[str, ...] = ()
-    backend: Literal["simulated"] = "simulated"
+    backend: BackendKind = "simulated"
     simulated_gpus: Path | None = None
     bundles: Path = Path("models")
     recordings: Path | None = None
@@ -107,6 +109,11 @@ class DaemonConfig:
             found.append(
                 "simulated_gpus is empty; allowed: the state file of the simulated GPUs when "
                 "backend is 'simulated'"
+            )
+        if self.backend == "nvml" and not self.gpus:
+            found.append(
+                "gpus is empty; allowed: the UUIDs that may be written when backend is 'nvml' "
+                "(`throttle doctor` lists them)"
             )
         if not 0 < self.drain_seconds <= 60:
             found.append(f"drain_seconds is {self.drain_seconds}; allowed: above 0, up to 60")

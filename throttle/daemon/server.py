@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 
 from throttle import __version__
 from throttle.actuation.actuator import Actuator
-from throttle.actuation.simulated import SimulatedBackend, SimulatedGpuFile
+from throttle.actuation.backends import make_backend
 from throttle.daemon.brains import BrainFactory, ControllerFactory
 from throttle.daemon.config import split_address
 from throttle.daemon.metrics import DaemonMetrics, GpuCollector, serve_metrics
@@ -201,18 +201,18 @@ def build_server(
 
     Raises:
         NotFoundError: The backend or a configured GPU is not there.
+        DriverError: The driver cannot be used.
     """
     log = structlog.get_logger()
-    file = SimulatedGpuFile.open(_simulated_gpus(config))
+    backend = make_backend(config.backend, config.simulated_gpus, clock)
     try:
         registry = CollectorRegistry()
         metrics = DaemonMetrics(registry)
-        backend = SimulatedBackend(file)
         allowed = config.gpus or backend.uuids()
         actuator = Actuator(backend, allowed, clock, metrics.count_change)
         registry.register(GpuCollector(actuator))
     except BaseException:
-        file.close()
+        backend.close()
         raise
     brains = (
         brain_factory
@@ -246,7 +246,7 @@ def build_server(
         brain_factory=brains,
         servicer=servicer,
         registry=registry,
-        close_backend=file.close,
+        close_backend=backend.close,
     )
 
 
@@ -275,12 +275,6 @@ def serve_until_signal(daemon: Daemon) -> int:
     restored = daemon.stop()
     deadline.cancel()
     return 0 if restored else 1
-
-
-def _simulated_gpus(config: DaemonConfig) -> Path:
-    if config.simulated_gpus is None:
-        raise ValueError("simulated_gpus is empty; check the configuration first")
-    return config.simulated_gpus
 
 
 def _unix_target(path: Path) -> str:

@@ -310,8 +310,8 @@ class FakeMachine:
         """Make calls of a function fail, take time or hang.
 
         Args:
-            function: Exported name, `FieldValue<id>` for one field (`FieldValue<id>.<scope>` in a scope
-                other than GPU), or `*` for all of them.
+            function: Exported name, `FieldValue<id>` for one field, `FieldValue<id>.<scope>` for
+                one in a scope other than GPU, or `*` for all of them.
             code: What is answered instead; 0 answers as usual. A missing function is 13.
             times: How often; None until removed.
             gpu_uuid: For this GPU only; None for all.
@@ -326,7 +326,8 @@ class FakeMachine:
             for slot in self._state.faults:
                 if slot.remaining != 0:
                     continue
-                slot.function, slot.gpu, slot.code, slot.hang = function.encode(), index, code, hang
+                slot.function, slot.gpu = function.encode(), index
+                slot.code, slot.hang = code, hang
                 slot.delay_minimum_seconds, slot.delay_maximum_seconds = delay_seconds
                 slot.remaining = _FOR_EVER if times is None else times
                 return Fault(self, slot)

@@ -21,6 +21,7 @@ from throttle.daemon.layers import (
 )
 from throttle.daemon.logs import LogFormat, LogLevel  # noqa: TC001 - as above
 from throttle.daemon.messages import LEASE_MAXIMUM_SECONDS, LEASE_MINIMUM_SECONDS
+from throttle.daemon.telemetry import TelemetrySettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,6 +74,7 @@ class DaemonConfig:
         drain_seconds: Longest time for calls to end after SIGTERM; clocks are restored before.
         engines_limit: Most engines at once.
         lease: How long a silent engine may hold its GPUs.
+        telemetry: How GPUs are read.
         control: How clocks are chosen.
     """
 
@@ -90,6 +92,7 @@ class DaemonConfig:
     drain_seconds: float = 5.0
     engines_limit: int = 32
     lease: LeaseSettings = field(default_factory=LeaseSettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     control: ControlSettings = field(default_factory=ControlSettings)
 
     def problems(self) -> list[str]:
@@ -126,6 +129,7 @@ class DaemonConfig:
                 f"{LEASE_MINIMUM_SECONDS} to {LEASE_MAXIMUM_SECONDS}, the minimum not above the "
                 "maximum"
             )
+        found += [f"telemetry.{problem}" for problem in self.telemetry.problems()]
         found += [f"control.{problem}" for problem in self.control.problems()]
         return found
 

@@ -29,6 +29,7 @@ from throttle.daemon.recording import require_pyarrow
 from throttle.daemon.service import ThrottleServicer
 from throttle.daemon.sessions import RecordingPlan, SessionLimits, Sessions
 from throttle.daemon.sockets import claimed, private_umask
+from throttle.daemon.telemetry import Telemetry
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import throttle_service_pb2, throttle_service_pb2_grpc
 
@@ -65,6 +66,7 @@ class Daemon:
         *,
         config: DaemonConfig,
         actuator: Actuator,
+        telemetry: Telemetry,
         sessions: Sessions,
         brain_factory: BrainFactory,
         servicer: ThrottleServicer,
@@ -73,6 +75,7 @@ class Daemon:
     ) -> None:
         self.config = config
         self.actuator = actuator
+        self._telemetry = telemetry
         self.sessions = sessions
         self._brain_factory = brain_factory
         self._servicer = servicer
@@ -105,6 +108,8 @@ class Daemon:
                 self._resources.enter_context(claimed(self.config.socket))
             # whatever a killed daemon has left behind; only now, as no other daemon runs here
             self.actuator.reset_all()
+            self._telemetry.start()
+            self._resources.callback(self._telemetry.stop)
             if self.config.recordings is not None:
                 require_pyarrow()
             self._warm_up()
@@ -210,7 +215,15 @@ def build_server(
         metrics = DaemonMetrics(registry)
         allowed = config.gpus or backend.uuids()
         actuator = Actuator(backend, allowed, clock, metrics.count_change)
-        registry.register(GpuCollector(actuator))
+        telemetry = Telemetry(
+            actuator.read,
+            actuator.uuids(),
+            clock,
+            config.telemetry,
+            when_asked=config.backend == "simulated",
+            on_request=lambda request: metrics.request_energy.observe(request.energy_joules),
+        )
+        registry.register(GpuCollector(actuator, telemetry))
     except BaseException:
         backend.close()
         raise
@@ -221,6 +234,7 @@ def build_server(
     )
     sessions = Sessions(
         actuator=actuator,
+        telemetry=telemetry,
         brain_factory=brains,
         recording=RecordingPlan(config.recordings, simulated=config.backend == "simulated"),
         limits=SessionLimits(
@@ -234,6 +248,7 @@ def build_server(
     servicer = ThrottleServicer(
         sessions=sessions,
         actuator=actuator,
+        telemetry=telemetry,
         brain_factory=brains,
         metrics=metrics,
         clock=clock,
@@ -242,6 +257,7 @@ def build_server(
     return Daemon(
         config=config,
         actuator=actuator,
+        telemetry=telemetry,
         sessions=sessions,
         brain_factory=brains,
         servicer=servicer,

@@ -248,7 +248,7 @@ def test_asking_an_absent_daemon_is_one_line(tmp_path):
 
 
 def test_check_config_reports_everything_at_once_or_prints_every_setting(tmp_path):
-    bad = run_throttle("check-config", "--backend", "nvml", "--engines-limit", "0")
+    bad = run_throttle("check-config", "--backend", "amd", "--engines-limit", "0")
     assert bad.returncode == 1
     assert len(bad.stderr.splitlines()) == 3
     good = run_throttle(

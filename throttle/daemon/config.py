@@ -7,9 +7,11 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 # needed at run time: the fields' types are read from the annotations
+from throttle.actuation.backends import BackendKind  # noqa: TC001 - as below
+from throttle.actuation.settings import STATE_DIRECTORY, ActuationSettings
 from throttle.control.settings import ControlSettings
 from throttle.daemon.layers import (
     ConfigurationError,
@@ -71,6 +73,7 @@ class DaemonConfig:
         drain_seconds: Longest time for calls to end after SIGTERM; clocks are restored before.
         engines_limit: Most engines at once.
         lease: How long a silent engine may hold its GPUs.
+        actuation: How clocks are set.
         control: How clocks are chosen.
     """
 
@@ -78,7 +81,7 @@ class DaemonConfig:
     tcp_address: str = ""
     tcp_allow_remote: bool = False
     gpus: tuple[str, ...] = ()
-    backend: Literal["simulated"] = "simulated"
+    backend: BackendKind = "simulated"
     simulated_gpus: Path | None = None
     bundles: Path = Path("models")
     recordings: Path | None = None
@@ -88,7 +91,22 @@ class DaemonConfig:
     drain_seconds: float = 5.0
     engines_limit: int = 32
     lease: LeaseSettings = field(default_factory=LeaseSettings)
+    actuation: ActuationSettings = field(default_factory=ActuationSettings)
     control: ControlSettings = field(default_factory=ControlSettings)
+
+    @property
+    def state_directory(self) -> Path:
+        """Where the records of the GPUs lie."""
+        if self.actuation.state_directory is not None:
+            return self.actuation.state_directory
+        if self.backend == "simulated" and self.simulated_gpus is not None:
+            return self.simulated_gpus.with_name(self.simulated_gpus.name + ".state")
+        return STATE_DIRECTORY
+
+    @property
+    def addresses(self) -> str:
+        """Where it listens, for messages."""
+        return ", ".join(filter(None, (str(self.socket or ""), self.tcp_address)))
 
     def problems(self) -> list[str]:
         """Values that cannot be used, alone or together; one line each."""
@@ -119,6 +137,7 @@ class DaemonConfig:
                 f"{LEASE_MINIMUM_SECONDS} to {LEASE_MAXIMUM_SECONDS}, the minimum not above the "
                 "maximum"
             )
+        found += [f"actuation.{problem}" for problem in self.actuation.problems()]
         found += [f"control.{problem}" for problem in self.control.problems()]
         return found
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry, Metric
 
-    from throttle.actuation.actuator import Actuator, ClockChange
+    from throttle.actuation.actuator import Actuator
+    from throttle.actuation.hand import ClockChange
     from throttle.v1 import decision_pb2
 
 _HERTZ_PER_MHZ = 1e6

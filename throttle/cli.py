@@ -22,6 +22,7 @@ COMMANDS: Final = {
     "health": "ask a daemon whether it serves",
     "doctor": "look at this machine's GPUs: what to fix before a daemon sets clocks",
     "release": "return GPUs to default clocks now",
+    "reset": "return GPUs to default clocks without a daemon",
     "demo": "play a real trace on a simulated GPU, at maximum clock and throttled",
     "profile": "drive clocks over an exploration plan and record iterations",
     "plant": "what one iteration costs on the simulated GPU",

@@ -4,7 +4,7 @@ import pytest
 import structlog
 from prometheus_client import CollectorRegistry
 
-from throttle.actuation.actuator import Actuator
+from throttle.actuation.local import LocalActuator
 from throttle.actuation.simulated import SimulatedBackend, SimulatedGpu, SimulatedGpuFile
 from throttle.control.selection import Decision, Reason
 from throttle.daemon.brains import EngineBrain
@@ -101,7 +101,7 @@ def metrics(registry):
 
 @pytest.fixture
 def actuator(gpus, clock, metrics):
-    actuator = Actuator(SimulatedBackend(gpus), gpus.uuids(), clock, metrics.count_change)
+    actuator = LocalActuator(SimulatedBackend(gpus), gpus.uuids(), clock, metrics.count_change)
     actuator.reset_all()
     return actuator
 

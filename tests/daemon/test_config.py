@@ -76,13 +76,13 @@ def test_every_error_is_reported_at_once(tmp_path):
     )
     environ = {"THROTTLE_TCP_ADDRESS": "0.0.0.0:7077", "THROTTLE_LOG_LEVEL": "loud"}
     with pytest.raises(ConfigurationError) as raised:
-        load_config({"backend": "amd", "drain_seconds": "nan"}, environ, path)
+        load_config({"backend": "other", "drain_seconds": "nan"}, environ, path)
     expected = [
         f"engines_limit in {path} is 'many'; allowed: a whole number",
         f"sockets in {path} is not a setting; did you mean socket?",
         f"control.dwell in {path} is not a setting; did you mean control.dwell_seconds?",
         "THROTTLE_LOG_LEVEL is 'loud'; allowed: debug, info, warning, error",
-        "--backend is 'amd'; allowed: simulated, nvml, observe",
+        "--backend is 'other'; allowed: simulated, nvml, observe",
         "--drain-seconds is 'nan'; allowed: a finite number",
     ]
     assert set(expected) <= set(raised.value.problems)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 # needed at run time: the fields' types are read from the annotations
 from throttle.actuation.backends import BackendKind  # noqa: TC001 - as above
+from throttle.actuation.settings import STATE_DIRECTORY, ActuationSettings
 from throttle.control.settings import ControlSettings
 from throttle.daemon.layers import (
     ConfigurationError,
@@ -74,6 +75,7 @@ class DaemonConfig:
         drain_seconds: Longest time for calls to end after SIGTERM; clocks are restored before.
         engines_limit: Most engines at once.
         lease: How long a silent engine may hold its GPUs.
+        actuation: How clocks are set.
         telemetry: How GPUs are read.
         control: How clocks are chosen.
     """
@@ -92,8 +94,23 @@ class DaemonConfig:
     drain_seconds: float = 5.0
     engines_limit: int = 32
     lease: LeaseSettings = field(default_factory=LeaseSettings)
+    actuation: ActuationSettings = field(default_factory=ActuationSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     control: ControlSettings = field(default_factory=ControlSettings)
+
+    @property
+    def state_directory(self) -> Path:
+        """Where the records of the GPUs lie."""
+        if self.actuation.state_directory is not None:
+            return self.actuation.state_directory
+        if self.backend == "simulated" and self.simulated_gpus is not None:
+            return self.simulated_gpus.with_name(self.simulated_gpus.name + ".state")
+        return STATE_DIRECTORY
+
+    @property
+    def addresses(self) -> str:
+        """Where it listens, for messages."""
+        return ", ".join(filter(None, (str(self.socket or ""), self.tcp_address)))
 
     def problems(self) -> list[str]:
         """Values that cannot be used, alone or together; one line each."""
@@ -129,6 +146,7 @@ class DaemonConfig:
                 f"{LEASE_MINIMUM_SECONDS} to {LEASE_MAXIMUM_SECONDS}, the minimum not above the "
                 "maximum"
             )
+        found += [f"actuation.{problem}" for problem in self.actuation.problems()]
         found += [f"telemetry.{problem}" for problem in self.telemetry.problems()]
         found += [f"control.{problem}" for problem in self.control.problems()]
         return found

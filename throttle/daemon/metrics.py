@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry, Metric
 
-    from throttle.actuation.actuator import Actuator, ClockChange
+    from throttle.actuation.actuator import Actuator
+    from throttle.actuation.hand import ClockChange
     from throttle.daemon.telemetry import Telemetry
     from throttle.v1 import decision_pb2
 

@@ -20,8 +20,9 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from throttle import __version__
-from throttle.actuation.actuator import Actuator
 from throttle.actuation.backends import make_backend
+from throttle.actuation.local import LocalActuator
+from throttle.actuation.remote import RemoteActuator
 from throttle.daemon.brains import BrainFactory, ControllerFactory
 from throttle.daemon.config import split_address
 from throttle.daemon.metrics import DaemonMetrics, GpuCollector, serve_metrics
@@ -34,21 +35,27 @@ from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import throttle_service_pb2, throttle_service_pb2_grpc
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from pathlib import Path
 
+    from throttle.actuation.actuator import Actuator
     from throttle.daemon.config import DaemonConfig
 
 #: Calls besides the engines' streams that may run at once.
 _OTHER_CALLS = 8
-#: How often a session is asked whether its control is stuck, seconds.
+#: How often sessions are asked whether their control is stuck, and leases are renewed, seconds;
+#: renewed at least this often within the actuator's own lease.
 _WATCH_SECONDS: Final = 0.5
+_RENEWALS_PER_LEASE: Final = 4
 #: What stopping may take beyond the drain before the process ends itself, seconds.
 _STOP_MARGIN_SECONDS: Final = 5.0
 
 _SERVICE_NAME = throttle_service_pb2.DESCRIPTOR.services_by_name["ThrottleService"].full_name
-#: The whole process, and the service.
-_HEALTH_NAMES: Final = ("", _SERVICE_NAME)
+#: Readiness: the whole process, and the service.
+_READY_NAMES: Final = ("", _SERVICE_NAME)
+#: Liveness: whatever the GPUs do, a restart is of no use while this answers.
+_LIVE_NAME: Final = "live"
 
 _SERVER_OPTIONS: Final = (
     ("grpc.so_reuseport", 0),  # or a second daemon on the same port would share it silently
@@ -85,6 +92,8 @@ class Daemon:
         self._stopping = threading.Event()
         self._resources = contextlib.ExitStack()
         self._resources.callback(close_backend)
+        self._resources.callback(actuator.close)
+        self._problems: dict[str, str] = {}
         self._server: grpc.Server | None = None
         self.tcp_port = 0
 
@@ -120,9 +129,9 @@ class Daemon:
         except BaseException:
             self._resources.close()
             raise
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
-        for name in _HEALTH_NAMES:
+        for name in (*_READY_NAMES, _LIVE_NAME):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
         self._log.info(
             "serving",
             version=__version__,
@@ -180,8 +189,32 @@ class Daemon:
         return server
 
     def _watch(self) -> None:
-        while not self._stopping.wait(_WATCH_SECONDS):
-            self.sessions.release_stuck()
+        lease = self.config.actuation.lease_seconds
+        aside = threading.Thread()
+        while not self._stopping.wait(min(_WATCH_SECONDS, lease / _RENEWALS_PER_LEASE)):
+            try:
+                self.actuator.renew()
+            except ActuationError as error:
+                self._log.debug("not_renewed", error=str(error))  # readiness tells of it
+            self._note_problems(self.actuator.problems())
+            if not aside.is_alive():  # waits for a driver, which must not hold up the renewals
+                aside = threading.Thread(
+                    target=self.sessions.release_stuck, name="release", daemon=True
+                )
+                aside.start()
+
+    def _note_problems(self, problems: dict[str, str]) -> None:
+        """Readiness follows the GPUs: down while one cannot be relied on."""
+        if problems == self._problems:
+            return
+        self._problems = problems
+        kind = health_pb2.HealthCheckResponse
+        for name in _READY_NAMES:
+            self._health.set(name, kind.NOT_SERVING if problems else kind.SERVING)
+        if problems:
+            self._log.error("gpus_unhealthy", problems=problems)
+        else:
+            self._log.info("gpus_healthy")
 
     def _reset_all(self) -> bool:
         try:
@@ -196,6 +229,7 @@ def build_server(
     config: DaemonConfig,
     brain_factory: BrainFactory | None = None,
     clock: Callable[[], float] = time.monotonic,
+    channel: socket.socket | None = None,
 ) -> Daemon:
     """Put a daemon together.
 
@@ -203,18 +237,26 @@ def build_server(
         config: A configuration without problems.
         brain_factory: Makes each engine's brain; None controls by the configured bundles.
         clock: Monotonic seconds.
+        channel: To the privileged process; None sets clocks in this one, which is for tools on
+            simulated GPUs: nobody resets them if it is killed.
 
     Raises:
         NotFoundError: The backend or a configured GPU is not there.
         DriverError: The driver cannot be used.
+        ActuatorEndedError: The privileged process did not start; it has said why.
     """
     log = structlog.get_logger()
-    backend = make_backend(config.backend, config.simulated_gpus, clock)
+    kind = "observe" if channel is not None and config.backend == "nvml" else config.backend
+    backend = make_backend(kind, config.simulated_gpus, clock)
     try:
         registry = CollectorRegistry()
         metrics = DaemonMetrics(registry)
         allowed = config.gpus or backend.uuids()
-        actuator = Actuator(backend, allowed, clock, metrics.count_change)
+        actuator: Actuator = (
+            LocalActuator(backend, allowed, clock, metrics.count_change)
+            if channel is None
+            else RemoteActuator(channel, backend, allowed, config.actuation, metrics.count_change)
+        )
         telemetry = Telemetry(
             actuator.read,
             actuator.uuids(),

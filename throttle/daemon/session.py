@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from throttle.actuation.actuator import DEFAULT_CLOCKS
+from throttle.actuation.leases import DEFAULT_CLOCKS
 from throttle.control.selection import Decision, Reason
 from throttle.control.state import Mode
 from throttle.daemon.answers import decision_message, energy_message
@@ -258,7 +258,8 @@ class Session:
                 self._give_back()
                 return Decision(DEFAULT_CLOCKS, Reason.RELEASED), False
             before = self._applied_clock_mhz
-            self._applied_clock_mhz = lease.set_clock(decision.target_clock_mhz)
+            answer = lease.set_clock(decision.target_clock_mhz, decision.reason.name.lower())
+            self._applied_clock_mhz = answer.clock_mhz
         except ConflictError:  # given back, or taken by another engine meanwhile
             self._applied_clock_mhz = DEFAULT_CLOCKS
             reason = Reason.RELEASED if self._released else Reason.LEASE_EXPIRED
@@ -276,7 +277,7 @@ class Session:
                 reason=decision.reason.name.lower(),
                 slack_seconds=decision.binding.slack_seconds if decision.binding else None,
             )
-        return decision, decision.reason is not Reason.FAULT
+        return decision, answer.applied and decision.reason is not Reason.FAULT
 
     def _answer(
         self, decision: Decision, *, applied: bool, duration_seconds: float

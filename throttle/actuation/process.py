@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from throttle.actuation.arbiter import Pending
     from throttle.actuation.backend import GpuBackend
+    from throttle.actuation.backends import BackendKind
     from throttle.actuation.hand import ClockChange, Hand
     from throttle.actuation.leases import Grant
 
@@ -72,7 +73,7 @@ class Orders:
         parent: Process id of the supervisor; 0 when there is none.
     """
 
-    backend: str
+    backend: BackendKind
     simulated_gpus: str
     gpus: tuple[str, ...]
     directory: str
@@ -356,12 +357,12 @@ class Service:
             return
 
 
-def run(orders: Orders, open_backend: Callable[[Orders], GpuBackend]) -> int:
+def run(orders: Orders, opener: Callable[[Orders], GpuBackend]) -> int:
     """Be the actuator, or reset GPUs and end when there is no channel.
 
     Args:
         orders: What to do.
-        open_backend: Opens the driver.
+        opener: Opens the driver.
 
     Raises:
         ThrottleError: It cannot start; no GPU has been slowed.
@@ -369,7 +370,7 @@ def run(orders: Orders, open_backend: Callable[[Orders], GpuBackend]) -> int:
     if orders.parent:
         privileges.die_with_parent(orders.parent, signal.SIGTERM)
     directory, settings = Path(orders.directory), orders.settings
-    backend = open_backend(orders)
+    backend = opener(orders)
     uuids = orders.gpus or backend.uuids()
     if orders.channel < 0:
         log = AuditLog(as_json=orders.log_json)
@@ -431,16 +432,16 @@ def drop_privileges() -> str:
     return privileges.keep_capabilities(privileges.CAP_SYS_ADMIN)
 
 
-def main(
-    argument: str,
-    open_backend: Callable[[Orders], GpuBackend] = lambda orders: make_backend(
-        orders.backend,  # type: ignore[arg-type]  # checked by make_backend
-        Path(orders.simulated_gpus) if orders.simulated_gpus else None,
-    ),
-) -> int:
+def open_backend(orders: Orders) -> GpuBackend:
+    """The driver that the orders name."""
+    simulated_gpus = Path(orders.simulated_gpus) if orders.simulated_gpus else None
+    return make_backend(orders.backend, simulated_gpus)
+
+
+def main(argument: str, opener: Callable[[Orders], GpuBackend] = open_backend) -> int:
     """Run by the supervisor; an error is one line."""
     try:
-        return run(Orders.from_json(argument), open_backend)
+        return run(Orders.from_json(argument), opener)
     except (ThrottleError, ProcessLookupError) as error:
         print(f"throttle: {error}", file=sys.stderr, flush=True)  # noqa: T201 - as the command line
         return 1

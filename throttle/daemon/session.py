@@ -172,23 +172,23 @@ class Session:
         return held
 
     def close(self) -> None:
-        """Give the GPUs back and finish the recording; a second call does nothing."""
+        """Give the GPUs back and finish the recording; a second call waits for the first."""
         with self._closing:
             if self._closed:
                 return
             self._closed = True
-        self._released = True
-        self._give_back()
-        self._meter.close()
-        if self._recording is not None:
-            self._recording.close()
-            self._log.info(
-                "recording_closed",
-                path=str(self._recording.path),
-                rows_count=self._recording.rows_count,
-                dropped_rows_count=self._recording.dropped_rows_count,
-                failure=self._recording.failure,
-            )
+            self._released = True
+            self._give_back()
+            self._meter.close()
+            if self._recording is not None:
+                self._recording.close()
+                self._log.info(
+                    "recording_closed",
+                    path=str(self._recording.path),
+                    rows_count=self._recording.rows_count,
+                    dropped_rows_count=self._recording.dropped_rows_count,
+                    failure=self._recording.failure,
+                )
 
     def status(self) -> throttle_service_pb2.EngineStatus:
         """What an operator sees."""

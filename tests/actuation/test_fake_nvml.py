@@ -14,6 +14,7 @@ from pathlib import Path
 import pynvml
 import pytest
 
+from throttle.actuation.fake_nvml.layout import STRUCTURES
 from throttle.actuation.fake_nvml.library import (
     STATE_VARIABLE,
     build_library,
@@ -22,7 +23,6 @@ from throttle.actuation.fake_nvml.library import (
     load_here,
 )
 from throttle.actuation.fake_nvml.machine import (
-    STRUCTURES,
     FakeGpu,
     FakeMachine,
     Permission,

@@ -117,3 +117,23 @@ def test_a_gpu_that_hangs_stops_its_own_readings_only(gpus):
     finally:
         sampler.stop()
         gpus.hangs["a"].set()
+
+
+def test_a_gpu_whose_clock_changes_is_read_at_once_and_often(gpus):
+    read = threading.Semaphore(0)
+    sampler = Sampler(
+        gpus.read,
+        ["a"],
+        gpus.clock,
+        interval_seconds=PATIENCE_SECONDS * 10,
+        stale_seconds=PATIENCE_SECONDS * 100,
+        on_sample=lambda uuid, sample: read.release(),
+    )
+    try:
+        sampler.start()
+        assert read.acquire(timeout=PATIENCE_SECONDS)
+        sampler.hurry("a")
+        for _ in range(5):  # the clock stands still, so it stays in a hurry
+            assert read.acquire(timeout=PATIENCE_SECONDS)
+    finally:
+        sampler.stop()

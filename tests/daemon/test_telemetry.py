@@ -57,6 +57,17 @@ def test_a_window_without_length_or_a_counter_that_restarted_tells_no_power():
     assert measured.window() == GpuWindow(1200, 1200)
 
 
+def test_power_is_the_mean_over_the_least_time_and_no_energy_is_lost_on_the_way():
+    readings = [GpuReading(900 + n, 0.0, 30.0 * n, 0.2 * n) for n in range(7)]
+    left = iter(readings)
+    measured = GpuMeter(lambda _: next(left), ["a"], None, least_seconds=0.5)
+    windows = [measured.window() for _ in range(6)]
+    assert [window.clock_mhz for window in windows] == [901, 902, 903, 904, 905, 906]
+    assert [window.previous_clock_mhz for window in windows] == [900, 901, 902, 903, 904, 905]
+    assert [window.energy_joules for window in windows] == [None, None, 90.0, None, None, 90.0]
+    assert windows[2].power_watts == pytest.approx(150.0)
+
+
 def test_a_state_that_came_earlier_knows_the_clocks_only():
     assert GpuWindow(900, 1200, 120.0, 60.0, 0.5).without_energy() == GpuWindow(900, 1200)
 
@@ -73,6 +84,7 @@ def test_a_state_that_came_earlier_knows_the_clocks_only():
 def test_settings_are_checked(interval, stale, problem):
     found = TelemetrySettings(interval, stale).problems()
     assert problem in "".join(found)
+    assert TelemetrySettings(power_window_seconds=-1.0).problems()
     assert bool(found) == bool(problem)
 
 

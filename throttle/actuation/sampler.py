@@ -6,8 +6,8 @@ A call that hangs stops the readings of its own GPU; who asks for them is told h
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 from throttle.errors import ActuationError, NotFoundError
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from throttle.actuation.backend import GpuReading
+
+#: After a change of clock its GPU is read this often for this long: until the clock has settled.
+_HURRY_INTERVAL_SECONDS: Final = 0.01
+_HURRY_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,8 @@ class _Latest:
     sample: Sample | None = None
     failure: ActuationError | None = None  # of the last reading
     started_seconds: float | None = None  # of the reading that runs
+    hurry_until_seconds: float = float("-inf")
+    wake: threading.Event = field(default_factory=threading.Event)
 
 
 class Sampler:
@@ -80,6 +86,14 @@ class Sampler:
     def stop(self) -> None:
         """Read no more. A thread inside a driver call is left to it: it may hang."""
         self._stopping.set()
+        for latest in self._latest.values():
+            latest.wake.set()
+
+    def hurry(self, uuid: str) -> None:
+        """Read this GPU at once and often for a while: its clock is about to change."""
+        latest = self._entry(uuid)
+        latest.hurry_until_seconds = self._clock() + _HURRY_SECONDS
+        latest.wake.set()
 
     def latest(self, uuid: str) -> Sample:
         """The newest reading; never waits for the driver.
@@ -130,12 +144,15 @@ class Sampler:
         self._on_sample(uuid, sample)
 
     def _sample_for_ever(self, uuid: str) -> None:
-        due = self._clock()
+        latest = self._latest[uuid]
         while not self._stopping.is_set():
+            latest.wake.clear()
+            started = self._clock()
             self.sample_once(uuid)
+            hurried = started < latest.hurry_until_seconds
+            interval = _HURRY_INTERVAL_SECONDS if hurried else self._interval_seconds
             # from start to start, but never two at once to catch up with a slow driver
-            due = max(due + self._interval_seconds, self._clock())
-            self._stopping.wait(due - self._clock())
+            latest.wake.wait(max(0.0, started + interval - self._clock()))
 
     def _entry(self, uuid: str) -> _Latest:
         try:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from throttle.actuation.actuator import Actuator
+    from throttle.actuation.hand import ClockChange
     from throttle.daemon.config import DaemonConfig
 
 #: Calls besides the engines' streams that may run at once.
@@ -252,18 +253,23 @@ def build_server(
         registry = CollectorRegistry()
         metrics = DaemonMetrics(registry)
         allowed = config.gpus or backend.uuids()
-        actuator: Actuator = (
-            LocalActuator(backend, allowed, clock, metrics.count_change)
-            if channel is None
-            else RemoteActuator(channel, backend, allowed, config.actuation, metrics.count_change)
-        )
         telemetry = Telemetry(
-            actuator.read,
-            actuator.uuids(),
+            backend.read,
+            allowed,
             clock,
             config.telemetry,
             when_asked=config.backend == "simulated",
             on_request=lambda request: metrics.request_energy.observe(request.energy_joules),
+        )
+
+        def note_change(change: ClockChange) -> None:
+            metrics.count_change(change)
+            telemetry.hurry(change.gpu_uuid)
+
+        actuator: Actuator = (
+            LocalActuator(backend, allowed, clock, note_change)
+            if channel is None
+            else RemoteActuator(channel, backend, allowed, config.actuation, note_change)
         )
         registry.register(GpuCollector(actuator, telemetry))
     except BaseException:

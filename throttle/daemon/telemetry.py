@@ -25,10 +25,13 @@ class TelemetrySettings:
     Attributes:
         interval_seconds: From one reading of a GPU to the next.
         stale_seconds: An older reading counts as none; its engine gets default clocks then.
+        power_window_seconds: Least time that a recorded power is the mean of: energy counters move
+            in steps of 20 to 100 ms, so a shorter one would be noise.
     """
 
     interval_seconds: float = 0.1
     stale_seconds: float = 2.0
+    power_window_seconds: float = 0.5
 
     def problems(self) -> list[str]:
         """Values that cannot be used, one line each."""
@@ -39,6 +42,8 @@ class TelemetrySettings:
             found.append(
                 f"stale_seconds is {self.stale_seconds}; allowed: more than interval_seconds"
             )
+        if not 0.0 <= self.power_window_seconds <= 60.0:
+            found.append(f"power_window_seconds is {self.power_window_seconds}; allowed: 0 to 60")
         return found
 
 
@@ -69,6 +74,7 @@ class Telemetry:
         """
         self.book = EnergyBook()
         self._clock = clock
+        self._settings = settings
         self._read_device = read
         self._when_asked = when_asked
         self._on_request = on_request
@@ -104,6 +110,11 @@ class Telemetry:
         self._note_sample(uuid, sample)
         return _timed(sample)
 
+    def hurry(self, uuid: str) -> None:
+        """The GPU's clock changes: read it often for a while, where it is read aside."""
+        if not self._when_asked:
+            self._sampler.hurry(uuid)
+
     def open(self, engine_id: str, gpu_uuids: Sequence[str]) -> GpuMeter:
         """An engine comes: begin to meter its GPUs.
 
@@ -113,9 +124,16 @@ class Telemetry:
         for uuid in gpu_uuids:
             self.read(uuid)  # what was drawn before is not the engine's
         ledger = self.book.open(engine_id, gpu_uuids, self._on_request)
-        clock = None if self._when_asked else self._clock
+        aside = not self._when_asked
         try:
-            return GpuMeter(self.read, gpu_uuids, clock, ledger, self.book.close)
+            return GpuMeter(
+                self.read,
+                gpu_uuids,
+                self._clock if aside else None,
+                least_seconds=self._settings.power_window_seconds if aside else 0.0,
+                ledger=ledger,
+                close_ledger=self.book.close,
+            )
         except BaseException:
             self.book.close(ledger)
             raise
@@ -165,6 +183,8 @@ class GpuMeter:
         read: Callable[[str], GpuReading],
         gpu_uuids: Sequence[str],
         clock: Callable[[], float] | None,
+        *,
+        least_seconds: float = 0.0,
         ledger: EngineLedger | None = None,
         close_ledger: Callable[[EngineLedger], None] = lambda _: None,
     ) -> None:
@@ -175,6 +195,8 @@ class GpuMeter:
             gpu_uuids: The engine's GPUs.
             clock: Monotonic seconds, for counters without a time of their own; None when all have
                 one, which states are timed by then.
+            least_seconds: Shortest time that a power is the mean of; a window that ends earlier
+                tells the clocks alone, and its energy counts to the next.
             ledger: Where the engine's energy is divided; None to divide none.
             close_ledger: Told when the engine goes.
 
@@ -184,9 +206,10 @@ class GpuMeter:
         self._read = read
         self._gpu_uuids = tuple(gpu_uuids)
         self._clock = clock
+        self._least_seconds = least_seconds
         self._ledger = ledger
         self._close_ledger = close_ledger
-        self._before = self._sample()
+        self._before = self._metered = self._sample()
 
     def window(self) -> GpuWindow:
         """End the window that runs and start the next.
@@ -196,8 +219,11 @@ class GpuMeter:
         """
         before, now = self._before, self._sample()
         self._before = now
-        seconds = now.seconds - before.seconds
-        energy = now.energy_joules - before.energy_joules
+        seconds = now.seconds - self._metered.seconds
+        if 0 <= seconds < self._least_seconds:
+            return GpuWindow(now.clock_mhz, before.clock_mhz)
+        energy = now.energy_joules - self._metered.energy_joules
+        self._metered = now
         if seconds <= 0 or energy < 0:  # read twice within one update, or the counter restarted
             return GpuWindow(now.clock_mhz, before.clock_mhz)
         return GpuWindow(

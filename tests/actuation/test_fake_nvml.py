@@ -347,3 +347,27 @@ def test_the_compiler_of_the_wheel_builds_the_same_library(tmp_path, machine_of)
         check=True,
     )
     assert done.stdout.strip() == PROFILES["b200"].driver_version
+
+
+SET_OFTEN = """
+import pynvml, sys
+pynvml.nvmlInit()
+handle = pynvml.nvmlDeviceGetHandleByUUID("GPU-0")
+for _ in range(500):
+    pynvml.nvmlDeviceSetGpuLockedClocks(handle, int(sys.argv[1]), int(sys.argv[1]))
+"""
+
+
+def test_processes_that_write_at_once_neither_lose_nor_mix_writes(machine_of, nvml_library):
+    machine = machine_of("h100", virtual_time=False)
+    environ = os.environ | environment(nvml_library, machine.path)
+    clocks = (600, 900, 1200)
+    children = [
+        subprocess.Popen([sys.executable, "-c", SET_OFTEN, str(clock)], env=environ)
+        for clock in clocks
+    ]
+    assert [child.wait(60) for child in children] == [0, 0, 0]
+    writes = machine.writes()
+    assert len(writes) == machine.calls_count("nvmlDeviceSetGpuLockedClocks") == 1500
+    assert {(write.minimum, write.maximum) for write in writes} == {(c, c) for c in clocks}
+    assert machine.gpu("GPU-0").lock_mhz == (writes[-1].minimum, writes[-1].maximum)

@@ -77,6 +77,13 @@ def test_a_failure_is_what_who_asks_is_told_once_the_last_reading_is_stale(gpus,
     assert sampler.read("a").energy_joules == 2.0
 
 
+def test_a_surprise_is_a_failure_like_any_other(gpus, sampler):
+    gpus.error = TypeError("odd")
+    sampler.sample_once("a")
+    with pytest.raises(ActuationError, match="GPU a: TypeError: odd"):
+        sampler.latest("a")
+
+
 def test_every_reading_is_told_with_its_gpu(gpus):
     told = []
     sampler = Sampler(

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from throttle.actuation.fake_nvml.library import environment
+from throttle.cli import main
 
 
 @pytest.fixture
@@ -58,3 +59,20 @@ def test_a_machine_without_a_driver_is_told_so(doctor, machine_of):
     assert driver["severity"] == "blocking"
     assert "load the NVIDIA driver" in driver["text"]
     assert done.returncode == 1
+
+
+def test_a_driver_that_hangs_is_a_finding_and_does_not_hang_the_command(doctor, machine_of):
+    machine = machine_of("h100")
+    machine.inject("nvmlDeviceGetClockInfo", hang=True)
+    done = doctor("--timeout-seconds", "0.5", machine=machine)
+    assert done.returncode == 1
+    assert "BLOCKS  driver: it has not answered for 0.5 s: a call hangs" in done.stdout
+
+
+def test_an_examination_that_fails_unforeseen_is_not_a_clean_bill(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr("throttle.commands.doctor.examine", fail)
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        main(["doctor"])

@@ -41,7 +41,8 @@ _TOLERANCE_MHZ: Final = 30
 _SLOWED: Final = (
     EventReason.HARDWARE_SLOWDOWN | EventReason.HARDWARE_THERMAL | EventReason.POWER_BRAKE
 )
-_READINGS_COUNT: Final = 5
+#: Readings of every GPU, from which its clock under load is told.
+READINGS_COUNT: Final = 5
 _HOURS_A_YEAR: Final = 8766.0
 
 
@@ -173,7 +174,7 @@ def _driver(backend: NvmlBackend) -> Iterator[Finding]:
 def _watch(backend: NvmlBackend, pause: Callable[[], None]) -> dict[str, list[GpuReading]]:
     """A few readings of every GPU; one that fails has none."""
     readings: dict[str, list[GpuReading]] = {uuid: [] for uuid in backend.uuids()}
-    for turn in range(_READINGS_COUNT):
+    for turn in range(READINGS_COUNT):
         if turn:
             pause()
         for uuid, taken in readings.items():

@@ -133,15 +133,15 @@ class Sampler:
         latest = self._entry(uuid)
         latest.started_seconds = self._clock()
         try:
-            reading = self._read(uuid)
+            sample = Sample(self._read(uuid), self._clock())
+            latest.sample, latest.failure = sample, None
+            self._on_sample(uuid, sample)
         except ActuationError as error:
             latest.failure = error
-            return
+        except Exception as error:  # noqa: BLE001 - a surprise must not end the readings
+            latest.failure = ActuationError(f"GPU {uuid}: {type(error).__name__}: {error}")
         finally:
             latest.started_seconds = None
-        sample = Sample(reading, self._clock())
-        latest.sample, latest.failure = sample, None
-        self._on_sample(uuid, sample)
 
     def _sample_for_ever(self, uuid: str) -> None:
         latest = self._latest[uuid]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Final
 
 from throttle import __version__
-from throttle.actuation.examination import Finding, Severity, examine
+from throttle.actuation.examination import READINGS_COUNT, Finding, Severity, examine
 from throttle.actuation.nvml import NvmlBackend
 from throttle.actuation.surroundings import Surroundings
 
@@ -37,19 +39,50 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=1.0,
         help="how long clocks are watched; default: %(default)s",
     )
+    parser.add_argument(
+        "--timeout-seconds",
+        type=float,
+        default=30.0,
+        help="longest wait for the driver beyond that; default: %(default)s",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Examine; 0 when nothing blocks."""
-    step_seconds = max(0.0, arguments.watch_seconds) / 4
-    findings = examine(Surroundings(), NvmlBackend, lambda: time.sleep(step_seconds))
+    findings = _examine_in_time(arguments.watch_seconds, arguments.timeout_seconds)
     blocking = any(finding.severity is Severity.BLOCKING for finding in findings)
     if arguments.json:
         print(_document(findings, blocking=blocking))
     else:
         _print(findings, blocking=blocking)
     return 1 if blocking else 0
+
+
+def _examine_in_time(watch_seconds: float, timeout_seconds: float) -> list[Finding]:
+    """Examine; a driver that does not answer is a finding too."""
+    step_seconds = max(0.0, watch_seconds) / (READINGS_COUNT - 1)
+    found: Future[list[Finding]] = Future()
+
+    def fill() -> None:
+        try:
+            found.set_result(examine(Surroundings(), NvmlBackend, lambda: time.sleep(step_seconds)))
+        except Exception as error:  # noqa: BLE001 - raised again where the result is taken
+            found.set_exception(error)
+
+    # not from a pool, which would wait for the call that hangs when the process ends
+    threading.Thread(target=fill, name="examine", daemon=True).start()
+    try:
+        return found.result(max(0.0, watch_seconds) + timeout_seconds)
+    except TimeoutError:
+        return [
+            Finding(
+                Severity.BLOCKING,
+                "driver",
+                f"it has not answered for {timeout_seconds:g} s: a call hangs",
+                "look for Xid errors in the kernel's log; GPU or machine may need a restart",
+            )
+        ]
 
 
 def _document(findings: list[Finding], *, blocking: bool) -> str:

@@ -20,6 +20,7 @@ COMMANDS: Final = {
     "check-config": "check a configuration and print what it comes to",
     "status": "ask a daemon what it is doing",
     "health": "ask a daemon whether it serves",
+    "doctor": "look at this machine's GPUs: what to fix before a daemon sets clocks",
     "release": "return GPUs to default clocks now",
     "reset": "return GPUs to default clocks without a daemon",
     "demo": "play a real trace on a simulated GPU, at maximum clock and throttled",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pynvml
 import pytest
 
+from throttle.actuation.fake_nvml.layout import STRUCTURES
 from throttle.actuation.fake_nvml.library import (
     STATE_VARIABLE,
     build_library,
@@ -20,7 +23,6 @@ from throttle.actuation.fake_nvml.library import (
     load_here,
 )
 from throttle.actuation.fake_nvml.machine import (
-    STRUCTURES,
     FakeGpu,
     FakeMachine,
     Permission,
@@ -46,7 +48,7 @@ def sm_clock(handle):
 
 
 def test_the_binding_is_the_unmodified_one():
-    assert os.path.dirname(pynvml.__file__).endswith("site-packages")
+    assert Path(pynvml.__file__).parent.name == "site-packages"
 
 
 def test_the_structures_are_laid_out_as_their_mirrors_and_the_bindings(nvml_library):
@@ -63,19 +65,17 @@ def test_the_structures_are_laid_out_as_their_mirrors_and_the_bindings(nvml_libr
 
 
 @pytest.mark.parametrize(
-    ("profile", "memory_mhz", "count", "lowest", "highest", "steps"),
+    ("profile", "memory_mhz", "expected"),
     [
-        ("a100", 1215, 81, 210, 1410, {15}),
-        ("h100", 2619, 110, 345, 1980, {15}),
-        ("h200", 3201, 110, 345, 1980, {15}),
-        ("b200", 3996, 247, 120, 1965, {7, 8}),
-        ("l40s", 9001, 155, 210, 2520, {15}),
-        ("l40s", 405, 14, 210, 405, {15}),
+        ("a100", 1215, (81, 210, 1410, {15})),
+        ("h100", 2619, (110, 345, 1980, {15})),
+        ("h200", 3201, (110, 345, 1980, {15})),
+        ("b200", 3996, (247, 120, 1965, {7, 8})),
+        ("l40s", 9001, (155, 210, 2520, {15})),
+        ("l40s", 405, (14, 210, 405, {15})),
     ],
 )
-def test_profiles_have_the_clocks_of_the_captures(
-    machine_of, profile, memory_mhz, count, lowest, highest, steps
-):
+def test_profiles_have_the_clocks_of_the_captures(machine_of, profile, memory_mhz, expected):
     machine_of(profile)
     pynvml.nvmlInit()
     try:
@@ -84,8 +84,8 @@ def test_profiles_have_the_clocks_of_the_captures(
         clocks = pynvml.nvmlDeviceGetSupportedGraphicsClocks(handle, memory_mhz)
     finally:
         pynvml.nvmlShutdown()
-    assert (len(clocks), clocks[-1], clocks[0]) == (count, lowest, highest)
-    assert {upper - lower for upper, lower in zip(clocks, clocks[1:], strict=False)} == steps
+    steps = {upper - lower for upper, lower in itertools.pairwise(clocks)}
+    assert (len(clocks), clocks[-1], clocks[0], steps) == expected
 
 
 def test_a_lock_holds_the_clock_and_snaps_down(opened):
@@ -242,8 +242,8 @@ def test_another_agents_lock_shows_in_the_clock_alone(opened):
 def test_writes_need_the_permission(opened, permission):
     machine, handle = opened
     machine.allow_writes(permission)
-    with open("/proc/self/status") as status:
-        (line,) = (line for line in status if line.startswith("CapEff:"))
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("CapEff:"))
     capable = int(line.split()[1], 16) >> 21 & 1
     if permission is Permission.PRIVILEGED and capable:
         pynvml.nvmlDeviceSetGpuLockedClocks(handle, 345, 990)
@@ -332,7 +332,6 @@ def test_a_compiler_that_fails_or_is_not_there_is_an_error_never_a_skip(tmp_path
         find_compiler()
 
 
-@pytest.mark.slow
 def test_the_compiler_of_the_wheel_builds_the_same_library(tmp_path, machine_of):
     machine = machine_of("b200")
     library = build_library(tmp_path, (sys.executable, "-m", "ziglang", "cc"))
@@ -348,3 +347,27 @@ def test_the_compiler_of_the_wheel_builds_the_same_library(tmp_path, machine_of)
         check=True,
     )
     assert done.stdout.strip() == PROFILES["b200"].driver_version
+
+
+SET_OFTEN = """
+import pynvml, sys
+pynvml.nvmlInit()
+handle = pynvml.nvmlDeviceGetHandleByUUID("GPU-0")
+for _ in range(500):
+    pynvml.nvmlDeviceSetGpuLockedClocks(handle, int(sys.argv[1]), int(sys.argv[1]))
+"""
+
+
+def test_processes_that_write_at_once_neither_lose_nor_mix_writes(machine_of, nvml_library):
+    machine = machine_of("h100", virtual_time=False)
+    environ = os.environ | environment(nvml_library, machine.path)
+    clocks = (600, 900, 1200)
+    children = [
+        subprocess.Popen([sys.executable, "-c", SET_OFTEN, str(clock)], env=environ)
+        for clock in clocks
+    ]
+    assert [child.wait(60) for child in children] == [0, 0, 0]
+    writes = machine.writes()
+    assert len(writes) == machine.calls_count("nvmlDeviceSetGpuLockedClocks") == 1500
+    assert {(write.minimum, write.maximum) for write in writes} == {(c, c) for c in clocks}
+    assert machine.gpu("GPU-0").lock_mhz == (writes[-1].minimum, writes[-1].maximum)

@@ -11,6 +11,7 @@ from throttle.daemon.brains import EngineBrain
 from throttle.daemon.mailbox import Arrival
 from throttle.daemon.messages import StateReader, read_registration
 from throttle.daemon.metrics import DaemonMetrics
+from throttle.daemon.telemetry import Telemetry, TelemetrySettings
 from throttle.v1 import engine_pb2
 
 CLOCKS = (600, 900, 1200, 1500)
@@ -103,6 +104,11 @@ def actuator(gpus, clock, metrics):
     actuator = LocalActuator(SimulatedBackend(gpus), gpus.uuids(), clock, metrics.count_change)
     actuator.reset_all()
     return actuator
+
+
+@pytest.fixture
+def telemetry(actuator, clock):
+    return Telemetry(actuator.read, actuator.uuids(), clock, TelemetrySettings(), when_asked=True)
 
 
 @pytest.fixture

@@ -125,6 +125,13 @@ def test_a_bad_value_is_refused_with_what_is_allowed(key, value, allowed):
         load_config({**NEEDED, key: value}, {}, None)
 
 
+def test_real_gpus_that_may_be_written_must_be_named():
+    with pytest.raises(ConfigurationError, match="gpus is empty; allowed: the UUIDs"):
+        load_config({"backend": "nvml"}, {}, None)
+    assert load_config({"backend": "nvml", "gpus": "GPU-a"}, {}, None).gpus == ("GPU-a",)
+    assert load_config({"backend": "observe"}, {}, None).gpus == ()
+
+
 def test_good_values_of_every_kind():
     config = load_config(
         {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 # needed at run time: the fields' types are read from the annotations
-from throttle.actuation.backends import BackendKind  # noqa: TC001 - as below
+from throttle.actuation.backends import BackendKind  # noqa: TC001 - as above
 from throttle.actuation.settings import STATE_DIRECTORY, ActuationSettings
 from throttle.control.settings import ControlSettings
 from throttle.daemon.layers import (
@@ -22,6 +22,7 @@ from throttle.daemon.layers import (
 )
 from throttle.daemon.logs import LogFormat, LogLevel  # noqa: TC001 - as above
 from throttle.daemon.messages import LEASE_MAXIMUM_SECONDS, LEASE_MINIMUM_SECONDS
+from throttle.daemon.telemetry import TelemetrySettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,7 +64,8 @@ class DaemonConfig:
         tcp_allow_remote: Allow a tcp_address that other machines can reach; it is not encrypted.
         gpus: UUIDs of the GPUs that may be throttled; no other is ever written. Empty means every
             GPU of a simulated backend; real ones must be named.
-        backend: Driver of the GPUs.
+        backend: Driver of the GPUs: nvml sets and reads NVIDIA GPUs, observe reads them only,
+            simulated plays GPUs in a file.
         simulated_gpus: State file of the simulated GPUs, for the backend "simulated".
         bundles: Where trained bundles lie, each in its own directory.
         recordings: Where the iterations of every engine are recorded; empty records nothing.
@@ -74,6 +76,7 @@ class DaemonConfig:
         engines_limit: Most engines at once.
         lease: How long a silent engine may hold its GPUs.
         actuation: How clocks are set.
+        telemetry: How GPUs are read.
         control: How clocks are chosen.
     """
 
@@ -92,6 +95,7 @@ class DaemonConfig:
     engines_limit: int = 32
     lease: LeaseSettings = field(default_factory=LeaseSettings)
     actuation: ActuationSettings = field(default_factory=ActuationSettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     control: ControlSettings = field(default_factory=ControlSettings)
 
     @property
@@ -126,6 +130,11 @@ class DaemonConfig:
                 "simulated_gpus is empty; allowed: the state file of the simulated GPUs when "
                 "backend is 'simulated'"
             )
+        if self.backend == "nvml" and not self.gpus:
+            found.append(
+                "gpus is empty; allowed: the UUIDs that may be written when backend is 'nvml' "
+                "(`throttle doctor` lists them)"
+            )
         if not 0 < self.drain_seconds <= 60:
             found.append(f"drain_seconds is {self.drain_seconds}; allowed: above 0, up to 60")
         if self.engines_limit < 1:
@@ -138,6 +147,7 @@ class DaemonConfig:
                 "maximum"
             )
         found += [f"actuation.{problem}" for problem in self.actuation.problems()]
+        found += [f"telemetry.{problem}" for problem in self.telemetry.problems()]
         found += [f"control.{problem}" for problem in self.control.problems()]
         return found
 

@@ -30,6 +30,7 @@ from throttle.daemon.recording import require_pyarrow
 from throttle.daemon.service import ThrottleServicer
 from throttle.daemon.sessions import RecordingPlan, SessionLimits, Sessions
 from throttle.daemon.sockets import claimed, private_umask
+from throttle.daemon.telemetry import Telemetry
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import throttle_service_pb2, throttle_service_pb2_grpc
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from throttle.actuation.actuator import Actuator
+    from throttle.actuation.hand import ClockChange
     from throttle.daemon.config import DaemonConfig
 
 #: Calls besides the engines' streams that may run at once.
@@ -72,6 +74,7 @@ class Daemon:
         *,
         config: DaemonConfig,
         actuator: Actuator,
+        telemetry: Telemetry,
         sessions: Sessions,
         brain_factory: BrainFactory,
         servicer: ThrottleServicer,
@@ -80,6 +83,7 @@ class Daemon:
     ) -> None:
         self.config = config
         self.actuator = actuator
+        self._telemetry = telemetry
         self.sessions = sessions
         self._brain_factory = brain_factory
         self._servicer = servicer
@@ -114,6 +118,8 @@ class Daemon:
                 self._resources.enter_context(claimed(self.config.socket))
             # whatever a killed daemon has left behind; only now, as no other daemon runs here
             self.actuator.reset_all()
+            self._telemetry.start()
+            self._resources.callback(self._telemetry.stop)
             if self.config.recordings is not None:
                 require_pyarrow()
             self._warm_up()
@@ -237,21 +243,35 @@ def build_server(
 
     Raises:
         NotFoundError: The backend or a configured GPU is not there.
+        DriverError: The driver cannot be used.
         ActuatorEndedError: The privileged process did not start; it has said why.
     """
     log = structlog.get_logger()
     kind = "observe" if channel is not None and config.backend == "nvml" else config.backend
-    backend = make_backend(kind, config.simulated_gpus)
+    backend = make_backend(kind, config.simulated_gpus, clock)
     try:
         registry = CollectorRegistry()
         metrics = DaemonMetrics(registry)
         allowed = config.gpus or backend.uuids()
-        actuator: Actuator = (
-            LocalActuator(backend, allowed, clock, metrics.count_change)
-            if channel is None
-            else RemoteActuator(channel, backend, allowed, config.actuation, metrics.count_change)
+        telemetry = Telemetry(
+            backend.read,
+            allowed,
+            clock,
+            config.telemetry,
+            when_asked=config.backend == "simulated",
+            on_request=lambda request: metrics.request_energy.observe(request.energy_joules),
         )
-        registry.register(GpuCollector(actuator))
+
+        def note_change(change: ClockChange) -> None:
+            metrics.count_change(change)
+            telemetry.hurry(change.gpu_uuid)
+
+        actuator: Actuator = (
+            LocalActuator(backend, allowed, clock, note_change)
+            if channel is None
+            else RemoteActuator(channel, backend, allowed, config.actuation, note_change)
+        )
+        registry.register(GpuCollector(actuator, telemetry))
     except BaseException:
         backend.close()
         raise
@@ -262,6 +282,7 @@ def build_server(
     )
     sessions = Sessions(
         actuator=actuator,
+        telemetry=telemetry,
         brain_factory=brains,
         recording=RecordingPlan(config.recordings, simulated=config.backend == "simulated"),
         limits=SessionLimits(
@@ -275,6 +296,7 @@ def build_server(
     servicer = ThrottleServicer(
         sessions=sessions,
         actuator=actuator,
+        telemetry=telemetry,
         brain_factory=brains,
         metrics=metrics,
         clock=clock,
@@ -283,6 +305,7 @@ def build_server(
     return Daemon(
         config=config,
         actuator=actuator,
+        telemetry=telemetry,
         sessions=sessions,
         brain_factory=brains,
         servicer=servicer,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from throttle.actuation.leases import DEFAULT_CLOCKS
 from throttle.control.selection import Decision, Reason
 from throttle.control.state import Mode
-from throttle.daemon.answers import decision_message
+from throttle.daemon.answers import decision_message, energy_message
 from throttle.daemon.telemetry import GpuWindow
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import engine_pb2, throttle_service_pb2
@@ -126,6 +126,7 @@ class Session:
         decision = self._observe_and_decide(arrivals, window)
         duration = self._clock() - started
         decision, applied = self._apply(decision)
+        self._meter.note([arrival.state for arrival in arrivals])
         self._last_state_seconds = self._clock()
         self._last_sequence_number = newest.sequence_number
         self._busy_since_seconds = None
@@ -178,6 +179,7 @@ class Session:
             self._closed = True
             self._released = True
             self._give_back()
+            self._meter.close()
             if self._recording is not None:
                 self._recording.close()
                 self._log.info(
@@ -206,6 +208,7 @@ class Session:
             last_decision=self._last_decision,
             latency_bias_ratio=engine_brain.brain.latency_bias_ratio if engine_brain else 1.0,
             coverage_ratio=-1.0 if coverage is None else coverage,
+            energy=energy_message(self._meter.energy()),
         )
 
     def _read_gpus(self) -> GpuWindow:

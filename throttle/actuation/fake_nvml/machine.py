@@ -16,6 +16,17 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
+from throttle.actuation.fake_nvml.layout import (
+    FAULTS_LIMIT,
+    GPUS_LIMIT,
+    MAGIC,
+    VERSION,
+    WRITES_LIMIT,
+    FaultLayout,
+    GpuLayout,
+    StateLayout,
+    WriteLayout,
+)
 from throttle.actuation.fake_nvml.profiles import PROFILES
 from throttle.errors import InvalidInputError, NotFoundError
 
@@ -23,16 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-_MAGIC: Final = int.from_bytes(b"FAKENVML", "little")
-_VERSION: Final = 1
-_GPUS_LIMIT: Final = 16
-_MEMORY_CLOCKS_LIMIT: Final = 4
-_CLOCKS_LIMIT: Final = 320
-_PROCESSES_LIMIT: Final = 8
-_FAULTS_LIMIT: Final = 32
-_FUNCTIONS_LIMIT: Final = 64
-_WRITES_LIMIT: Final = 4096
-_NAME_BYTES: Final = 96
 _DEPRECATED: Final = 26
 _ANY_GPU: Final = -1
 _FOR_EVER: Final = -1
@@ -54,109 +55,6 @@ class WriteKind(enum.IntEnum):
     RESET = 2
     POWER_LIMIT = 3
     MEMORY_LOCK = 4
-
-
-class _Gpu(ctypes.Structure):
-    _fields_ = (
-        ("uuid", ctypes.c_char * _NAME_BYTES),
-        ("name", ctypes.c_char * _NAME_BYTES),
-        ("memory_clocks_count", ctypes.c_int32),
-        ("memory_clocks_mhz", ctypes.c_int32 * _MEMORY_CLOCKS_LIMIT),
-        ("clocks_count", ctypes.c_int32 * _MEMORY_CLOCKS_LIMIT),
-        ("clocks_mhz", ctypes.c_int32 * _CLOCKS_LIMIT * _MEMORY_CLOCKS_LIMIT),
-        ("lock_minimum_mhz", ctypes.c_int32),
-        ("lock_maximum_mhz", ctypes.c_int32),
-        ("application_clock_mhz", ctypes.c_int32),
-        ("application_clocks_code", ctypes.c_int32),
-        ("ceiling_mhz", ctypes.c_int32),
-        ("lost", ctypes.c_int32),
-        ("mig_supported", ctypes.c_int32),
-        ("mig_enabled", ctypes.c_int32),
-        ("persistence", ctypes.c_int32),
-        ("temperature_celsius", ctypes.c_int32),
-        ("module_power", ctypes.c_int32),
-        ("processes_count", ctypes.c_int32),
-        ("processes_pid", ctypes.c_int32 * _PROCESSES_LIMIT),
-        ("steady_mhz", ctypes.c_int32),
-        ("previous_mhz", ctypes.c_int32),
-        ("compute_major", ctypes.c_int32),
-        ("compute_minor", ctypes.c_int32),
-        ("ceiling_reasons", ctypes.c_uint64),
-        ("changed_seconds", ctypes.c_double),
-        ("settle_seconds", ctypes.c_double),
-        ("load_ratio", ctypes.c_double),
-        ("idle_watts", ctypes.c_double),
-        ("context_watts", ctypes.c_double),
-        ("busy_watts", ctypes.c_double),
-        ("module_watts", ctypes.c_double),
-        ("power_limit_watts", ctypes.c_double),
-        ("power_limit_default_watts", ctypes.c_double),
-        ("power_limit_minimum_watts", ctypes.c_double),
-        ("power_limit_maximum_watts", ctypes.c_double),
-        ("energy_joules", ctypes.c_double),
-        ("energy_seconds", ctypes.c_double),
-        ("energy_wrap_millijoules", ctypes.c_double),
-    )
-
-
-class _Fault(ctypes.Structure):
-    _fields_ = (
-        ("function", ctypes.c_char * 56),
-        ("gpu", ctypes.c_int32),
-        ("code", ctypes.c_int32),
-        ("remaining", ctypes.c_int32),
-        ("hang", ctypes.c_int32),
-        ("delay_minimum_seconds", ctypes.c_double),
-        ("delay_maximum_seconds", ctypes.c_double),
-    )
-
-
-class _Function(ctypes.Structure):
-    _fields_ = (("function", ctypes.c_char * 56), ("calls_count", ctypes.c_int64))
-
-
-class _Write(ctypes.Structure):
-    _fields_ = (
-        ("sequence_number", ctypes.c_int64),
-        ("time_seconds", ctypes.c_double),
-        ("pid", ctypes.c_int32),
-        ("gpu", ctypes.c_int32),
-        ("minimum", ctypes.c_uint32),
-        ("maximum", ctypes.c_uint32),
-        ("kind", ctypes.c_int32),
-        ("code", ctypes.c_int32),
-    )
-
-
-class _State(ctypes.Structure):
-    _fields_ = (
-        ("magic", ctypes.c_uint64),
-        ("version", ctypes.c_int32),
-        ("bytes", ctypes.c_int32),
-        ("loaded", ctypes.c_int32),
-        ("generation", ctypes.c_int32),
-        ("gpus_count", ctypes.c_int32),
-        ("permission", ctypes.c_int32),
-        ("time_virtual", ctypes.c_int32),
-        ("cuda_version", ctypes.c_int32),
-        ("time_seconds", ctypes.c_double),
-        ("driver_version", ctypes.c_char * 80),
-        ("writes_count", ctypes.c_int64),
-        ("gpus", _Gpu * _GPUS_LIMIT),
-        ("faults", _Fault * _FAULTS_LIMIT),
-        ("functions", _Function * _FUNCTIONS_LIMIT),
-        ("writes", _Write * _WRITES_LIMIT),
-    )
-
-
-#: C structure -> its mirror, for the test that compares their sizes.
-STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
-    "State": _State,
-    "Gpu": _Gpu,
-    "Fault": _Fault,
-    "Function": _Function,
-    "Write": _Write,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +96,7 @@ class DriverWrite:
 class Fault:
     """An injected fault, in force until it has been used up or is removed."""
 
-    def __init__(self, machine: FakeMachine, slot: _Fault) -> None:
+    def __init__(self, machine: FakeMachine, slot: FaultLayout) -> None:
         """Made by `FakeMachine.inject` only."""
         self._machine = machine
         self._slot = slot
@@ -225,11 +123,13 @@ class FakeMachine:
         except OSError as error:
             raise NotFoundError(f"{path} cannot be opened: {error.strerror}") from None
         size = os.fstat(self._descriptor).st_size
-        if size != ctypes.sizeof(_State):
+        if size != ctypes.sizeof(StateLayout):
             os.close(self._descriptor)
-            raise InvalidInputError(str(path), f"{size} bytes", f"{ctypes.sizeof(_State)} bytes")
+            raise InvalidInputError(
+                str(path), f"{size} bytes", f"{ctypes.sizeof(StateLayout)} bytes"
+            )
         self._map = mmap.mmap(self._descriptor, size)
-        self._state = _State.from_buffer(self._map)
+        self._state = StateLayout.from_buffer(self._map)
         self._mutex = threading.Lock()
 
     @classmethod
@@ -245,10 +145,10 @@ class FakeMachine:
             InvalidInputError: No such profile, too many GPUs, or one named twice.
         """
         uuids = [gpu.uuid for gpu in gpus]
-        if not 1 <= len(gpus) <= _GPUS_LIMIT or len(set(uuids)) != len(uuids):
-            raise InvalidInputError("gpus", uuids, f"1 to {_GPUS_LIMIT} GPUs, each once")
-        state = _State()
-        state.magic, state.version, state.bytes = _MAGIC, _VERSION, ctypes.sizeof(_State)
+        if not 1 <= len(gpus) <= GPUS_LIMIT or len(set(uuids)) != len(uuids):
+            raise InvalidInputError("gpus", uuids, f"1 to {GPUS_LIMIT} GPUs, each once")
+        state = StateLayout()
+        state.magic, state.version, state.bytes = MAGIC, VERSION, ctypes.sizeof(StateLayout)
         state.loaded, state.gpus_count, state.cuda_version = 1, len(gpus), 13000
         state.time_virtual = virtual_time
         for entry, gpu in zip(state.gpus, gpus, strict=False):
@@ -310,7 +210,8 @@ class FakeMachine:
         """Make calls of a function fail, take time or hang.
 
         Args:
-            function: Exported name, `FieldValue<id>` for one field, or `*` for all of them.
+            function: Exported name, `FieldValue<id>` for one field, `FieldValue<id>.<scope>` for
+                one in a scope other than GPU, or `*` for all of them.
             code: What is answered instead; 0 answers as usual. A missing function is 13.
             times: How often; None until removed.
             gpu_uuid: For this GPU only; None for all.
@@ -325,11 +226,12 @@ class FakeMachine:
             for slot in self._state.faults:
                 if slot.remaining != 0:
                     continue
-                slot.function, slot.gpu, slot.code, slot.hang = function.encode(), index, code, hang
+                slot.function, slot.gpu = function.encode(), index
+                slot.code, slot.hang = code, hang
                 slot.delay_minimum_seconds, slot.delay_maximum_seconds = delay_seconds
                 slot.remaining = _FOR_EVER if times is None else times
                 return Fault(self, slot)
-        raise InvalidInputError("function", function, f"up to {_FAULTS_LIMIT} faults at once")
+        raise InvalidInputError("function", function, f"up to {FAULTS_LIMIT} faults at once")
 
     def clear_faults(self) -> None:
         """Remove every fault."""
@@ -373,10 +275,10 @@ class FakeMachine:
         """The last 4096 calls that would have written, in order."""
         with self.locked():
             count = self._state.writes_count
-            kept = range(max(0, count - _WRITES_LIMIT), count)
-            return tuple(self._write(self._state.writes[n % _WRITES_LIMIT]) for n in kept)
+            kept = range(max(0, count - WRITES_LIMIT), count)
+            return tuple(self._write(self._state.writes[n % WRITES_LIMIT]) for n in kept)
 
-    def _write(self, entry: _Write) -> DriverWrite:
+    def _write(self, entry: WriteLayout) -> DriverWrite:
         return DriverWrite(
             WriteKind(entry.kind),
             self._state.gpus[entry.gpu].uuid.decode(),
@@ -394,7 +296,7 @@ class FakeGpuControl:
     A change of load or temperature counts from the last driver call before it.
     """
 
-    def __init__(self, machine: FakeMachine, index: int, entry: _Gpu) -> None:
+    def __init__(self, machine: FakeMachine, index: int, entry: GpuLayout) -> None:
         """Made by `FakeMachine.gpu` only."""
         self.index = index
         self._machine = machine
@@ -484,7 +386,7 @@ class FakeGpuControl:
             setattr(self._entry, name, value)
 
 
-def _describe(entry: _Gpu, gpu: FakeGpu) -> None:
+def _describe(entry: GpuLayout, gpu: FakeGpu) -> None:
     profile = PROFILES[gpu.profile]
     low, high, default = profile.power_limits_watts
     entry.uuid, entry.name = gpu.uuid.encode(), profile.name.encode()

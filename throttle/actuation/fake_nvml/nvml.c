@@ -1,8 +1,8 @@
 /* A library that answers as libnvidia-ml.so.1 does, for tests: the unmodified nvidia-ml-py loads it.
  *
  * The state of the pretended machine is one file, named by FAKE_NVML_STATE and mapped by every process,
- * so that a lock outlives the process that set it, as with a real driver. state.py mirrors the layout
- * and writes it from the other side. A call takes flock on the file for its effect, never for its
+ * so that a lock outlives the process that set it, as with a real driver. layout.py mirrors it, and
+ * machine.py writes it from the other side. A call takes flock on the file for its effect, never for its
  * injected delay: a killed process cannot leave it held, and a call that hangs holds up no other.
  *
  * What is modelled: locked clocks, a power cap that lowers the clock, time to settle, the energy counter,
@@ -53,7 +53,7 @@ enum { REASON_IDLE = 0x1, REASON_APPLICATION_CLOCKS = 0x2, REASON_POWER_CAP = 0x
 #define UNLIMITED_MHZ 0xffffff02u /* NVML's symbolic limits; mixing them with numbers is an error */
 #define TDP_MHZ 0xffffff01u
 
-/* Every structure below is mirrored in state.py; fields are ordered so that no padding is needed. */
+/* Every structure below is mirrored in layout.py; fields are ordered so that no padding is needed. */
 typedef struct {
   char uuid[96];
   char name[96];
@@ -96,7 +96,7 @@ typedef struct {
 } Gpu;
 
 typedef struct {
-  char function[56];   /* exported name, FieldValue<id>, or * for all */
+  char function[56];   /* exported name, FieldValue<id>[.<scope>], or * for all */
   int32_t gpu;         /* -1: any */
   int32_t code;        /* 0: only the delay */
   int32_t remaining;   /* -1: until removed; 0: free slot */
@@ -744,7 +744,10 @@ EXPORT int nvmlDeviceGetFieldValues(void *device, int count, FieldValue *values)
   int codes[16] = {0};
   if (count < 1 || count > 16) return INVALID_ARGUMENT;
   for (int i = 0; initialized && i < count; i++) {
-    snprintf(name, sizeof name, "FieldValue%u", values[i].field);
+    if (values[i].scope == 0)
+      snprintf(name, sizeof name, "FieldValue%u", values[i].field);
+    else
+      snprintf(name, sizeof name, "FieldValue%u.%u", values[i].field, values[i].scope);
     codes[i] = injected(name, gpu_index(device));
   }
   ENTER(device);

@@ -176,6 +176,9 @@ class EngineLedger:
             seconds: When it was sent, on the clock of `add`.
         """
         self._noted.append((state, seconds))
+        if len(self._noted) > _ITERATIONS_LIMIT:
+            with self._lock:
+                self._settle_one()
 
     def add(self, gpu_uuid: str, start_seconds: float, end_seconds: float, joules: float) -> None:
         """Take in what one GPU drew between two moments, each beginning where the last ended."""
@@ -209,7 +212,7 @@ class EngineLedger:
     def _settle(self) -> None:
         """Settle the states whose time every GPU's energy is known for."""
         known = min(track.until_seconds for track in self._tracks.values())
-        while self._noted and (self._noted[0][1] <= known or len(self._noted) > _ITERATIONS_LIMIT):
+        while self._noted and self._noted[0][1] <= known:
             self._settle_one()
 
     def _settle_one(self) -> None:

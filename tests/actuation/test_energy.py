@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from throttle.actuation.energy import EnergyCounter, SummedPower
@@ -32,6 +32,7 @@ def test_a_fall_that_no_power_explains_is_no_energy():
     assert counter.update(9e5 + 600.0, 2.0) == pytest.approx(600.0)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0.01, 60.0), st.floats(0.0, 700.0)), min_size=1, max_size=200),
     st.floats(0.0, WRAP_JOULES),
@@ -46,6 +47,7 @@ def test_no_energy_is_lost_over_wraps(steps, start):
     assert joules == pytest.approx(true - start, abs=1e-3)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.0, 100.0), st.floats(0.0, 1e9)), max_size=100))
 def test_whatever_a_counter_shows_the_energy_never_falls(readings):
     counter = EnergyCounter(700.0)

@@ -35,9 +35,11 @@ EXAMPLES = 10_000 if os.environ.get("THROTTLE_TEST_SAFETY") else 100
 
 #: Mostly none.
 CRASHES = st.sampled_from(
-    ["", "", "", "", "before_intent", "after_intent", "before_set", "after_set", "before_mark"]
-    + ["before_reset", "after_reset", "before_clear"]
-)
+    [
+        "", "", "", "", "before_intent", "after_intent", "before_set", "after_set", "before_mark",
+        "before_reset", "after_reset", "before_clear",
+    ]
+)  # fmt: skip
 
 
 class CrashError(BaseException):

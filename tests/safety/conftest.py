@@ -207,3 +207,22 @@ def make_nvml_world(tmp_path, nvml_library):
         lambda: {uuid: (machine.gpu(uuid).lock_mhz or (0, 0))[1] for uuid in UUIDS},
         machine,
     )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The crash matrix as a table: how long each GPU was left slow."""
+    rows = [
+        f"| {report.nodeid.rpartition('::')[2]} | {dict(report.user_properties)[name]:.3f} |"
+        for report in terminalreporter.stats.get("passed", [])
+        for name in ("default_seconds",)
+        if name in dict(report.user_properties)
+    ]
+    if rows and os.environ.get("THROTTLE_TEST_SAFETY"):
+        terminalreporter.write_sep("=", "crash matrix")
+        terminalreporter.write_line("| case | default clocks after, seconds |\n|---|---:|")
+        for row in rows:
+            terminalreporter.write_line(row)
+        for report in terminalreporter.stats.get("passed", []):
+            figures = {n: v for n, v in report.user_properties if n != "default_seconds"}
+            if figures:
+                terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {figures}")

@@ -38,6 +38,8 @@ FUZZ_SECONDS = 300.0 if os.environ.get("THROTTLE_TEST_SAFETY") else 3.0
 GROWTH_LIMIT = 48 * 2**20
 SEED = 20_26
 
+pytestmark = pytest.mark.timeout(FUZZ_SECONDS + 300.0)
+
 ACTUATOR_SEEDS = (
     Request(Ask.CLAIM, 1, gpus=1, owner="engine").pack(),
     Request(Ask.CLAIM, 2, gpus=3, owner="x" * 100).pack(),
@@ -140,9 +142,17 @@ GRPC_SEEDS = {
 }
 
 
+def one_bundle(tmp_path, name="h200-sxm__qwen3-30b-a3b__tp1ep1"):
+    """A folder with one of the shipped bundles: the others take their time to load."""
+    folder = tmp_path / "bundles"
+    folder.mkdir()
+    (folder / name).symlink_to(ROOT / "models" / name)
+    return folder
+
+
 @pytest.fixture
 def served(tmp_path):
-    """A whole daemon with the shipped bundles, on GPUs of its own."""
+    """A whole daemon with a shipped bundle, on GPUs of its own."""
     gpus = [SimulatedGpu(uuid, "h200-sxm", CLOCKS) for uuid in UUIDS]
     file = SimulatedGpuFile.create(tmp_path / "gpus", gpus)
     log = tmp_path / "log"
@@ -150,7 +160,7 @@ def served(tmp_path):
         process = subprocess.Popen(
             [
                 sys.executable, "-m", "throttle.cli", "serve", "--socket", tmp_path / "socket",
-                "--simulated-gpus", tmp_path / "gpus", "--bundles", ROOT / "models",
+                "--simulated-gpus", tmp_path / "gpus", "--bundles", one_bundle(tmp_path),
                 "--log-level", "error",
             ],
             stdout=output,

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -318,5 +319,9 @@ class Actuation(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
 
-TestActuation = Actuation.TestCase
+@pytest.mark.timeout(1500)
+class TestActuation(Actuation.TestCase):
+    """Found by pytest."""
+
+
 TestActuation.settings = settings(max_examples=EXAMPLES, stateful_step_count=30, deadline=None)

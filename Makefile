@@ -41,7 +41,7 @@ test-gpu: .stamp-dev  ## what is read of a GPU: a real one where there is one, a
 	$(BIN)/pytest tests/gpu
 
 test-safety: .stamp-dev  ## crash matrix, 10,000 random sequences, five minutes of noise at each door (at most 30 minutes)
-	THROTTLE_TEST_SAFETY=1 timeout 1800 $(BIN)/pytest tests/safety
+	TEST_SAFETY=1 timeout 1800 $(BIN)/pytest tests/safety
 
 lint: .stamp-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -217,7 +217,7 @@ def pytest_terminal_summary(terminalreporter):
         for name in ("default_seconds",)
         if name in dict(report.user_properties)
     ]
-    if rows and os.environ.get("THROTTLE_TEST_SAFETY"):
+    if rows and os.environ.get("TEST_SAFETY"):
         terminalreporter.write_sep("=", "crash matrix")
         terminalreporter.write_line("| case | default clocks after, seconds |\n|---|---:|")
         for row in rows:

@@ -33,7 +33,7 @@ from throttle.errors import InvalidInputError
 from throttle.v1 import engine_pb2, throttle_service_pb2, throttle_service_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
-FUZZ_SECONDS = 300.0 if os.environ.get("THROTTLE_TEST_SAFETY") else 3.0
+FUZZ_SECONDS = 300.0 if os.environ.get("TEST_SAFETY") else 3.0
 #: What a process may grow by under noise, bytes.
 GROWTH_LIMIT = 48 * 2**20
 SEED = 20_26

@@ -31,7 +31,7 @@ GPUS = ("GPU-a", "GPU-b", "GPU-c")
 SUPPORTED = (300, 600, 900, 1200, 1500)
 FLOOR, CEILING = 500, 1300
 ALLOWED = {600, 900, 1200}
-EXAMPLES = 10_000 if os.environ.get("THROTTLE_TEST_SAFETY") else 100
+EXAMPLES = 10_000 if os.environ.get("TEST_SAFETY") else 100
 
 
 #: Mostly none.

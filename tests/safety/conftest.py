@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -37,6 +39,7 @@ class World:
     machine: object
     simulated_gpus: str = ""
     started: list = field(default_factory=list)
+    channels: list = field(default_factory=list)
 
     def locks(self):
         """Highest clock allowed by GPU; 0 at default."""
@@ -68,7 +71,7 @@ class World:
             ]
         )
 
-    def start_command(self, command):
+    def start_command(self, command, pass_fds=()):
         process = subprocess.Popen(
             [sys.executable, *command],
             stdin=subprocess.PIPE,
@@ -76,6 +79,7 @@ class World:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **self.environment},
+            pass_fds=pass_fds,
         )
         self.started.append(process)
         return process
@@ -93,6 +97,21 @@ class World:
         process = self.start(step, **changes)
         assert process.stdout.readline() == "claimed\n", process.stderr.read()
         return process, daemon_parts(process.pid)
+
+    def start_actuator(self, gpus=UUIDS, **changes):
+        """The privileged process alone, and this process's end of its channel."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        orders = dataclasses.replace(
+            self.orders(gpus, **changes), channel=theirs.fileno(), parent=os.getpid()
+        )
+        process = self.start_command(
+            ["-I", "-m", "throttle.actuation.process", orders.to_json()],
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        ours.settimeout(DEADLINE_SECONDS)
+        self.channels.append(ours)
+        return process, ours
 
     def all_slow(self):
         return all(self.locks().values())
@@ -127,6 +146,8 @@ class World:
         )
 
     def end(self):
+        for channel in self.channels:
+            channel.close()
         for process in self.started:
             with contextlib.suppress(AssertionError, FileNotFoundError):
                 kill_all([each for each in daemon_parts(process.pid).values() if is_running(each)])
@@ -186,3 +207,22 @@ def make_nvml_world(tmp_path, nvml_library):
         lambda: {uuid: (machine.gpu(uuid).lock_mhz or (0, 0))[1] for uuid in UUIDS},
         machine,
     )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The crash matrix as a table: how long each GPU was left slow."""
+    rows = [
+        f"| {report.nodeid.rpartition('::')[2]} | {dict(report.user_properties)[name]:.3f} |"
+        for report in terminalreporter.stats.get("passed", [])
+        for name in ("default_seconds",)
+        if name in dict(report.user_properties)
+    ]
+    if rows and os.environ.get("TEST_SAFETY"):
+        terminalreporter.write_sep("=", "crash matrix")
+        terminalreporter.write_line("| case | default clocks after, seconds |\n|---|---:|")
+        for row in rows:
+            terminalreporter.write_line(row)
+        for report in terminalreporter.stats.get("passed", []):
+            figures = {n: v for n, v in report.user_properties if n != "default_seconds"}
+            if figures:
+                terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {figures}")

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -30,14 +31,16 @@ GPUS = ("GPU-a", "GPU-b", "GPU-c")
 SUPPORTED = (300, 600, 900, 1200, 1500)
 FLOOR, CEILING = 500, 1300
 ALLOWED = {600, 900, 1200}
-EXAMPLES = 10_000 if os.environ.get("THROTTLE_TEST_SAFETY") else 100
+EXAMPLES = 10_000 if os.environ.get("TEST_SAFETY") else 100
 
 
 #: Mostly none.
 CRASHES = st.sampled_from(
-    ["", "", "", "", "before_intent", "after_intent", "before_set", "after_set", "before_mark"]
-    + ["before_reset", "after_reset", "before_clear"]
-)
+    [
+        "", "", "", "", "before_intent", "after_intent", "before_set", "after_set", "before_mark",
+        "before_reset", "after_reset", "before_clear",
+    ]
+)  # fmt: skip
 
 
 class CrashError(BaseException):
@@ -316,5 +319,9 @@ class Actuation(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
 
-TestActuation = Actuation.TestCase
+@pytest.mark.timeout(1500)
+class TestActuation(Actuation.TestCase):
+    """Found by pytest."""
+
+
 TestActuation.settings = settings(max_examples=EXAMPLES, stateful_step_count=30, deadline=None)

@@ -181,6 +181,14 @@ def read_request(packet: bytes, gpus_count: int) -> Request:
     return request
 
 
+def request_number(packet: bytes) -> int:
+    """The number in a request that may be wrong otherwise; 0 when there is none."""
+    if len(packet) != REQUEST_BYTES:
+        return 0
+    number: int = _REQUEST.unpack(packet)[2]
+    return number if number < _NUMBER_LIMIT else 0
+
+
 def _text(raw: bytes, name: str) -> str:
     try:
         text = raw.rstrip(b"\0").decode()

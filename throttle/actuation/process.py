@@ -234,11 +234,9 @@ class Service:
             self._take(packet)
 
     def _take(self, packet: bytes) -> None:
-        number = 0
+        number = messages.request_number(packet)
         try:
-            request = messages.read_request(packet, len(self._uuids))
-            number = request.number
-            self._obey(request)
+            self._obey(messages.read_request(packet, len(self._uuids)))
         except NotFoundError as error:
             self._answer(number, Status.NOT_FOUND, text=str(error))
         except ConflictError as error:

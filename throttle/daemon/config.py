@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from throttle.actuation.backends import BackendKind  # noqa: TC001 - as above
 from throttle.actuation.settings import STATE_DIRECTORY, ActuationSettings
 from throttle.control.settings import ControlSettings
+from throttle.daemon.breaker import BreakerSettings
 from throttle.daemon.layers import (
     ConfigurationError,
     build,
@@ -76,6 +77,7 @@ class DaemonConfig:
         engines_limit: Most engines at once.
         lease: How long a silent engine may hold its GPUs.
         actuation: How clocks are set.
+        breaker: When throttling an engine is given up for a while.
         telemetry: How GPUs are read.
         control: How clocks are chosen.
     """
@@ -95,6 +97,7 @@ class DaemonConfig:
     engines_limit: int = 32
     lease: LeaseSettings = field(default_factory=LeaseSettings)
     actuation: ActuationSettings = field(default_factory=ActuationSettings)
+    breaker: BreakerSettings = field(default_factory=BreakerSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     control: ControlSettings = field(default_factory=ControlSettings)
 
@@ -148,6 +151,7 @@ class DaemonConfig:
             )
         found += [f"actuation.{problem}" for problem in self.actuation.problems()]
         found += [f"telemetry.{problem}" for problem in self.telemetry.problems()]
+        found += [f"breaker.{problem}" for problem in self.breaker.problems()]
         found += [f"control.{problem}" for problem in self.control.problems()]
         return found
 

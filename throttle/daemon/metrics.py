@@ -66,6 +66,11 @@ class DaemonMetrics:
         self.clock_changes = Counter(
             "throttle_clock_changes_total", "Changes of a target.", ["gpu"], registry=registry
         )
+        self.breaker_trips = Counter(
+            "throttle_slo_breaker_trips_total",
+            "Times that throttling an engine was given up for a while: its requests missed limits.",
+            registry=registry,
+        )
         self.faults = Counter(
             "throttle_faults_total",
             "Decisions that failed and became default clocks.",

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from throttle.actuation.actuator import Actuator, Lease
-    from throttle.control.state import EngineProfile
+    from throttle.control.state import EngineProfile, IterationState
     from throttle.daemon.brains import EngineBrain
+    from throttle.daemon.breaker import SloBreaker
     from throttle.daemon.mailbox import Arrival
     from throttle.daemon.metrics import DaemonMetrics
     from throttle.daemon.recording import Recording
@@ -50,6 +51,7 @@ class Session:
         actuator: Actuator,
         meter: GpuMeter,
         recording: Recording | None,
+        breaker: SloBreaker | None = None,
         metrics: DaemonMetrics,
         clock: Callable[[], float],
         log: FilteringBoundLogger,
@@ -63,6 +65,7 @@ class Session:
             actuator: Sets clocks.
             meter: Reads the engine's GPUs.
             recording: Where states are kept; None to keep none.
+            breaker: Says when throttling must be given up; None never does.
             metrics: Counts.
             clock: Monotonic seconds of the daemon; leases run on it.
             log: Bound to the engine.
@@ -77,6 +80,9 @@ class Session:
         self._actuator = actuator
         self._meter = meter
         self._recording = recording
+        self._breaker = breaker
+        clocks = engine_brain.candidate_clocks_mhz if engine_brain is not None else ()
+        self._highest_clock_mhz = max(clocks, default=0)
         self._metrics = metrics
         self._clock = clock
         self._log = log
@@ -236,12 +242,27 @@ class Session:
         try:
             for arrival in arrivals:
                 brain.observe(arrival.state, window.clock_mhz)
+                self._ask_breaker(arrival.state)
             if self._released:
                 return Decision(DEFAULT_CLOCKS, Reason.RELEASED)
+            if self._breaker is not None and self._breaker.is_open(
+                newest.state.engine_time_seconds
+            ):
+                return Decision(DEFAULT_CLOCKS, Reason.INFEASIBLE)
             return brain.decide(newest.state)
         except Exception as error:  # noqa: BLE001 - whatever fails, the GPUs go to default clocks
             self._error = error
             return Decision(DEFAULT_CLOCKS, Reason.FAULT)
+
+    def _ask_breaker(self, state: IterationState) -> None:
+        if self._breaker is None or self.profile.mode is not Mode.ACT:
+            return
+        trips = self._breaker.trips_count
+        throttled = DEFAULT_CLOCKS < self._applied_clock_mhz < self._highest_clock_mhz
+        self._breaker.observe(state, throttled=throttled)
+        if self._breaker.trips_count > trips:
+            self._metrics.breaker_trips.inc()
+            self._log.error("slo_breaker_open")
 
     def _apply(self, decision: Decision) -> tuple[Decision, bool]:
         """Set the clock; returns what came of it and whether it was applied."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from throttle.control.state import Mode
 from throttle.daemon.brains import GpuModel
+from throttle.daemon.breaker import SloBreaker
 from throttle.daemon.mailbox import Mailbox
 from throttle.daemon.recording import Recording, recording_path, records_metadata
 from throttle.daemon.session import Session
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from throttle.actuation.actuator import Actuator
     from throttle.control.state import EngineProfile
     from throttle.daemon.brains import BrainFactory
+    from throttle.daemon.breaker import BreakerSettings
     from throttle.daemon.metrics import DaemonMetrics
     from throttle.daemon.telemetry import Telemetry
     from throttle.v1 import throttle_service_pb2
@@ -80,6 +82,7 @@ class Sessions:
         recording: RecordingPlan,
         limits: SessionLimits,
         metrics: DaemonMetrics,
+        breaker: BreakerSettings | None = None,
         clock: Callable[[], float],
         new_registration_id: Callable[[], str],
         log: FilteringBoundLogger,
@@ -93,6 +96,7 @@ class Sessions:
             recording: What is recorded.
             limits: What sessions are bound to.
             metrics: Counts.
+            breaker: When throttling an engine is given up; None never does.
             clock: Monotonic seconds.
             new_registration_id: Gives a name that was never given before.
             log: Logger.
@@ -103,6 +107,7 @@ class Sessions:
         self._recording = recording
         self._limits = limits
         self._metrics = metrics
+        self._breaker = breaker
         self._clock = clock
         self._new_registration_id = new_registration_id
         self._log = log
@@ -221,6 +226,9 @@ class Sessions:
                 actuator=actuator,
                 meter=meter,
                 recording=recording,
+                breaker=None
+                if self._breaker is None
+                else SloBreaker(self._breaker, profile.default_slos),
                 metrics=self._metrics,
                 clock=self._clock,
                 log=log,

@@ -4,7 +4,7 @@ BIN := .venv/bin
 SHELL := /bin/bash
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-slow lint types check format proto proto-environment lock models results clean
+.PHONY: help demo test test-slow test-safety test-gpu lint types check format proto proto-environment lock models results clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,6 +36,12 @@ test: .stamp-dev .stamp-proto  ## unit, property and integration tests
 
 test-slow: .stamp-dev  ## the tests that take long
 	$(BIN)/pytest -m slow
+
+test-gpu: .stamp-dev  ## what is read of a GPU: a real one where there is one, and the fakes; sets nothing
+	$(BIN)/pytest tests/gpu
+
+test-safety: .stamp-dev  ## crash matrix, 10,000 random sequences, five minutes of noise at each door (at most 30 minutes)
+	TEST_SAFETY=1 timeout 1800 $(BIN)/pytest tests/safety
 
 lint: .stamp-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

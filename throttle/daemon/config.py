@@ -7,10 +7,13 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 # needed at run time: the fields' types are read from the annotations
+from throttle.actuation.backends import BackendKind  # noqa: TC001 - as above
+from throttle.actuation.settings import STATE_DIRECTORY, ActuationSettings
 from throttle.control.settings import ControlSettings
+from throttle.daemon.breaker import BreakerSettings
 from throttle.daemon.layers import (
     ConfigurationError,
     build,
@@ -20,6 +23,7 @@ from throttle.daemon.layers import (
 )
 from throttle.daemon.logs import LogFormat, LogLevel  # noqa: TC001 - as above
 from throttle.daemon.messages import LEASE_MAXIMUM_SECONDS, LEASE_MINIMUM_SECONDS
+from throttle.daemon.telemetry import TelemetrySettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,7 +65,8 @@ class DaemonConfig:
         tcp_allow_remote: Allow a tcp_address that other machines can reach; it is not encrypted.
         gpus: UUIDs of the GPUs that may be throttled; no other is ever written. Empty means every
             GPU of a simulated backend; real ones must be named.
-        backend: Driver of the GPUs.
+        backend: Driver of the GPUs: nvml sets and reads NVIDIA GPUs, observe reads them only,
+            simulated plays GPUs in a file.
         simulated_gpus: State file of the simulated GPUs, for the backend "simulated".
         bundles: Where trained bundles lie, each in its own directory.
         recordings: Where the iterations of every engine are recorded; empty records nothing.
@@ -71,6 +76,9 @@ class DaemonConfig:
         drain_seconds: Longest time for calls to end after SIGTERM; clocks are restored before.
         engines_limit: Most engines at once.
         lease: How long a silent engine may hold its GPUs.
+        actuation: How clocks are set.
+        breaker: When throttling an engine is given up for a while.
+        telemetry: How GPUs are read.
         control: How clocks are chosen.
     """
 
@@ -78,7 +86,7 @@ class DaemonConfig:
     tcp_address: str = ""
     tcp_allow_remote: bool = False
     gpus: tuple[str, ...] = ()
-    backend: Literal["simulated"] = "simulated"
+    backend: BackendKind = "simulated"
     simulated_gpus: Path | None = None
     bundles: Path = Path("models")
     recordings: Path | None = None
@@ -88,7 +96,24 @@ class DaemonConfig:
     drain_seconds: float = 5.0
     engines_limit: int = 32
     lease: LeaseSettings = field(default_factory=LeaseSettings)
+    actuation: ActuationSettings = field(default_factory=ActuationSettings)
+    breaker: BreakerSettings = field(default_factory=BreakerSettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     control: ControlSettings = field(default_factory=ControlSettings)
+
+    @property
+    def state_directory(self) -> Path:
+        """Where the records of the GPUs lie."""
+        if self.actuation.state_directory is not None:
+            return self.actuation.state_directory
+        if self.backend == "simulated" and self.simulated_gpus is not None:
+            return self.simulated_gpus.with_name(self.simulated_gpus.name + ".state")
+        return STATE_DIRECTORY
+
+    @property
+    def addresses(self) -> str:
+        """Where it listens, for messages."""
+        return ", ".join(filter(None, (str(self.socket or ""), self.tcp_address)))
 
     def problems(self) -> list[str]:
         """Values that cannot be used, alone or together; one line each."""
@@ -108,6 +133,11 @@ class DaemonConfig:
                 "simulated_gpus is empty; allowed: the state file of the simulated GPUs when "
                 "backend is 'simulated'"
             )
+        if self.backend == "nvml" and not self.gpus:
+            found.append(
+                "gpus is empty; allowed: the UUIDs that may be written when backend is 'nvml' "
+                "(`throttle doctor` lists them)"
+            )
         if not 0 < self.drain_seconds <= 60:
             found.append(f"drain_seconds is {self.drain_seconds}; allowed: above 0, up to 60")
         if self.engines_limit < 1:
@@ -119,6 +149,9 @@ class DaemonConfig:
                 f"{LEASE_MINIMUM_SECONDS} to {LEASE_MAXIMUM_SECONDS}, the minimum not above the "
                 "maximum"
             )
+        found += [f"actuation.{problem}" for problem in self.actuation.problems()]
+        found += [f"telemetry.{problem}" for problem in self.telemetry.problems()]
+        found += [f"breaker.{problem}" for problem in self.breaker.problems()]
         found += [f"control.{problem}" for problem in self.control.problems()]
         return found
 

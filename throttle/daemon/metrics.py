@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import start_http_server
 
 from throttle import __version__
+from throttle.daemon.answers import reason_names
 from throttle.errors import ActuationError, ConflictError
 
 if TYPE_CHECKING:
@@ -16,13 +17,18 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry, Metric
 
-    from throttle.actuation.actuator import Actuator, ClockChange
+    from throttle.actuation.actuator import Actuator
+    from throttle.actuation.hand import ClockChange
+    from throttle.daemon.telemetry import Telemetry
     from throttle.v1 import decision_pb2
 
 _HERTZ_PER_MHZ = 1e6
 
 #: From one tenth of a millisecond to half a second, for decisions and writes.
 _DURATION_BUCKETS: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
+
+#: From a few tokens to a long answer on many GPUs.
+_ENERGY_BUCKETS: Final = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 
 
 class DaemonMetrics:
@@ -60,6 +66,11 @@ class DaemonMetrics:
         self.clock_changes = Counter(
             "throttle_clock_changes_total", "Changes of a target.", ["gpu"], registry=registry
         )
+        self.breaker_trips = Counter(
+            "throttle_slo_breaker_trips_total",
+            "Times that throttling an engine was given up for a while: its requests missed limits.",
+            registry=registry,
+        )
         self.faults = Counter(
             "throttle_faults_total",
             "Decisions that failed and became default clocks.",
@@ -72,6 +83,12 @@ class DaemonMetrics:
         )
         self.registrations = Counter(
             "throttle_registrations_total", "Registrations.", ["outcome"], registry=registry
+        )
+        self.request_energy = Histogram(
+            "throttle_request_energy_joules",
+            "Energy given to a finished request, in proportion to the tokens computed for it.",
+            buckets=_ENERGY_BUCKETS,
+            registry=registry,
         )
         self.engines = Gauge("throttle_engines_count", "Engines connected.", registry=registry)
         Info("throttle_build", "Version of the service.", registry=registry).info(
@@ -96,13 +113,17 @@ class DaemonMetrics:
 
 
 class GpuCollector:
-    """Reads every configured GPU when Prometheus asks."""
+    """What is known of every configured GPU when Prometheus asks."""
 
-    def __init__(self, actuator: Actuator) -> None:
+    def __init__(self, actuator: Actuator, telemetry: Telemetry) -> None:
         self._actuator = actuator
+        self._telemetry = telemetry
 
     def collect(self) -> Iterator[Metric]:
-        """One reading of each GPU; a GPU that cannot be read is left out."""
+        """The newest reading of each GPU; of one that cannot be read, the target and energy only.
+
+        Never waits for a driver.
+        """
         target = GaugeMetricFamily(
             "throttle_target_sm_clock_hertz",
             "SM clock last asked for; 0 means default. DCGM counts in MHz.",
@@ -114,19 +135,55 @@ class GpuCollector:
             labels=["gpu"],
         )
         power = GaugeMetricFamily("throttle_power_watts", "Power drawn.", labels=["gpu"])
-        energy = CounterMetricFamily(
-            "throttle_energy_joules", "Energy counter of the GPU.", labels=["gpu"]
+        temperature = GaugeMetricFamily(
+            "throttle_temperature_celsius", "Temperature of the GPU.", labels=["gpu"]
+        )
+        reason = GaugeMetricFamily(
+            "throttle_clock_event_reason",
+            "1 for every reason why the clock is not higher. No driver says that a lock holds it.",
+            labels=["gpu", "reason"],
+        )
+        readable = GaugeMetricFamily(
+            "throttle_gpu_readable", "Whether there is a fresh reading.", labels=["gpu"]
         )
         for uuid in self._actuator.uuids():
             target.add_metric([uuid], max(0, self._actuator.target_mhz(uuid)) * _HERTZ_PER_MHZ)
             try:
-                reading = self._actuator.read(uuid)
+                reading = self._telemetry.read(uuid)
             except ActuationError:
+                readable.add_metric([uuid], 0.0)
                 continue
+            readable.add_metric([uuid], 1.0)
             clock.add_metric([uuid], reading.clock_mhz * _HERTZ_PER_MHZ)
             power.add_metric([uuid], reading.power_watts)
-            energy.add_metric([uuid], reading.energy_joules)
-        yield from (target, clock, power, energy)
+            if reading.temperature_celsius is not None:
+                temperature.add_metric([uuid], reading.temperature_celsius)
+            for name in reason_names(reading.event_reasons):
+                reason.add_metric([uuid, name], 1.0)
+        yield from (target, clock, power, temperature, reason, readable)
+        yield from self._energies()
+
+    def _energies(self) -> Iterator[Metric]:
+        energy = CounterMetricFamily(
+            "throttle_energy_joules", "Energy drawn since the first reading.", labels=["gpu"]
+        )
+        unattributed = CounterMetricFamily(
+            "throttle_unattributed_energy_joules",
+            "Of that, drawn while no engine was connected.",
+            labels=["gpu"],
+        )
+        engines = CounterMetricFamily(
+            "throttle_engine_energy_joules",
+            "Energy of the GPUs of an engine while it was connected; shared evenly with others.",
+            labels=["engine"],
+        )
+        for uuid in self._actuator.uuids():
+            drawn = self._telemetry.book.gpu(uuid)
+            energy.add_metric([uuid], drawn.counted_joules)
+            unattributed.add_metric([uuid], drawn.unattributed_joules)
+        for engine_id, joules in self._telemetry.book.engines().items():
+            engines.add_metric([engine_id], joules)
+        yield from (energy, unattributed, engines)
 
 
 def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> Callable[[], None]:

@@ -20,8 +20,9 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from throttle import __version__
-from throttle.actuation.actuator import Actuator
-from throttle.actuation.simulated import SimulatedBackend, SimulatedGpuFile
+from throttle.actuation.backends import make_backend
+from throttle.actuation.local import LocalActuator
+from throttle.actuation.remote import RemoteActuator
 from throttle.daemon.brains import BrainFactory, ControllerFactory
 from throttle.daemon.config import split_address
 from throttle.daemon.metrics import DaemonMetrics, GpuCollector, serve_metrics
@@ -29,25 +30,33 @@ from throttle.daemon.recording import require_pyarrow
 from throttle.daemon.service import ThrottleServicer
 from throttle.daemon.sessions import RecordingPlan, SessionLimits, Sessions
 from throttle.daemon.sockets import claimed, private_umask
+from throttle.daemon.telemetry import Telemetry
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import throttle_service_pb2, throttle_service_pb2_grpc
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from pathlib import Path
 
+    from throttle.actuation.actuator import Actuator
+    from throttle.actuation.hand import ClockChange
     from throttle.daemon.config import DaemonConfig
 
 #: Calls besides the engines' streams that may run at once.
 _OTHER_CALLS = 8
-#: How often a session is asked whether its control is stuck, seconds.
+#: How often sessions are asked whether their control is stuck, and leases are renewed, seconds;
+#: renewed at least this often within the actuator's own lease.
 _WATCH_SECONDS: Final = 0.5
+_RENEWALS_PER_LEASE: Final = 4
 #: What stopping may take beyond the drain before the process ends itself, seconds.
 _STOP_MARGIN_SECONDS: Final = 5.0
 
 _SERVICE_NAME = throttle_service_pb2.DESCRIPTOR.services_by_name["ThrottleService"].full_name
-#: The whole process, and the service.
-_HEALTH_NAMES: Final = ("", _SERVICE_NAME)
+#: Readiness: the whole process, and the service.
+_READY_NAMES: Final = ("", _SERVICE_NAME)
+#: Liveness: whatever the GPUs do, a restart is of no use while this answers.
+_LIVE_NAME: Final = "live"
 
 _SERVER_OPTIONS: Final = (
     ("grpc.so_reuseport", 0),  # or a second daemon on the same port would share it silently
@@ -65,6 +74,7 @@ class Daemon:
         *,
         config: DaemonConfig,
         actuator: Actuator,
+        telemetry: Telemetry,
         sessions: Sessions,
         brain_factory: BrainFactory,
         servicer: ThrottleServicer,
@@ -73,6 +83,7 @@ class Daemon:
     ) -> None:
         self.config = config
         self.actuator = actuator
+        self._telemetry = telemetry
         self.sessions = sessions
         self._brain_factory = brain_factory
         self._servicer = servicer
@@ -82,6 +93,8 @@ class Daemon:
         self._stopping = threading.Event()
         self._resources = contextlib.ExitStack()
         self._resources.callback(close_backend)
+        self._resources.callback(actuator.close)
+        self._problems: dict[str, str] = {}
         self._server: grpc.Server | None = None
         self.tcp_port = 0
 
@@ -105,6 +118,8 @@ class Daemon:
                 self._resources.enter_context(claimed(self.config.socket))
             # whatever a killed daemon has left behind; only now, as no other daemon runs here
             self.actuator.reset_all()
+            self._telemetry.start()
+            self._resources.callback(self._telemetry.stop)
             if self.config.recordings is not None:
                 require_pyarrow()
             self._warm_up()
@@ -115,9 +130,9 @@ class Daemon:
         except BaseException:
             self._resources.close()
             raise
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
-        for name in _HEALTH_NAMES:
+        for name in (*_READY_NAMES, _LIVE_NAME):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
         self._log.info(
             "serving",
             version=__version__,
@@ -175,8 +190,32 @@ class Daemon:
         return server
 
     def _watch(self) -> None:
-        while not self._stopping.wait(_WATCH_SECONDS):
-            self.sessions.release_stuck()
+        lease = self.config.actuation.lease_seconds
+        aside = threading.Thread()
+        while not self._stopping.wait(min(_WATCH_SECONDS, lease / _RENEWALS_PER_LEASE)):
+            try:
+                self.actuator.renew()
+            except ActuationError as error:
+                self._log.debug("not_renewed", error=str(error))  # readiness tells of it
+            self._note_problems(self.actuator.problems())
+            if not aside.is_alive():  # waits for a driver, which must not hold up the renewals
+                aside = threading.Thread(
+                    target=self.sessions.release_stuck, name="release", daemon=True
+                )
+                aside.start()
+
+    def _note_problems(self, problems: dict[str, str]) -> None:
+        """Readiness follows the GPUs: down while one cannot be relied on."""
+        if problems == self._problems:
+            return
+        self._problems = problems
+        kind = health_pb2.HealthCheckResponse
+        for name in _READY_NAMES:
+            self._health.set(name, kind.NOT_SERVING if problems else kind.SERVING)
+        if problems:
+            self._log.error("gpus_unhealthy", problems=problems)
+        else:
+            self._log.info("gpus_healthy")
 
     def _reset_all(self) -> bool:
         try:
@@ -191,6 +230,7 @@ def build_server(
     config: DaemonConfig,
     brain_factory: BrainFactory | None = None,
     clock: Callable[[], float] = time.monotonic,
+    channel: socket.socket | None = None,
 ) -> Daemon:
     """Put a daemon together.
 
@@ -198,21 +238,42 @@ def build_server(
         config: A configuration without problems.
         brain_factory: Makes each engine's brain; None controls by the configured bundles.
         clock: Monotonic seconds.
+        channel: To the privileged process; None sets clocks in this one, which is for tools on
+            simulated GPUs: nobody resets them if it is killed.
 
     Raises:
         NotFoundError: The backend or a configured GPU is not there.
+        DriverError: The driver cannot be used.
+        ActuatorEndedError: The privileged process did not start; it has said why.
     """
     log = structlog.get_logger()
-    file = SimulatedGpuFile.open(_simulated_gpus(config))
+    kind = "observe" if channel is not None and config.backend == "nvml" else config.backend
+    backend = make_backend(kind, config.simulated_gpus, clock)
     try:
         registry = CollectorRegistry()
         metrics = DaemonMetrics(registry)
-        backend = SimulatedBackend(file)
         allowed = config.gpus or backend.uuids()
-        actuator = Actuator(backend, allowed, clock, metrics.count_change)
-        registry.register(GpuCollector(actuator))
+        telemetry = Telemetry(
+            backend.read,
+            allowed,
+            clock,
+            config.telemetry,
+            when_asked=config.backend == "simulated",
+            on_request=lambda request: metrics.request_energy.observe(request.energy_joules),
+        )
+
+        def note_change(change: ClockChange) -> None:
+            metrics.count_change(change)
+            telemetry.hurry(change.gpu_uuid)
+
+        actuator: Actuator = (
+            LocalActuator(backend, allowed, clock, note_change)
+            if channel is None
+            else RemoteActuator(channel, backend, allowed, config.actuation, note_change)
+        )
+        registry.register(GpuCollector(actuator, telemetry))
     except BaseException:
-        file.close()
+        backend.close()
         raise
     brains = (
         brain_factory
@@ -221,8 +282,11 @@ def build_server(
     )
     sessions = Sessions(
         actuator=actuator,
+        telemetry=telemetry,
         brain_factory=brains,
         recording=RecordingPlan(config.recordings, simulated=config.backend == "simulated"),
+        # a tool that explores clocks misses limits on purpose
+        breaker=config.breaker if channel is not None else None,
         limits=SessionLimits(
             config.engines_limit, config.lease.minimum_seconds, config.lease.maximum_seconds
         ),
@@ -234,6 +298,7 @@ def build_server(
     servicer = ThrottleServicer(
         sessions=sessions,
         actuator=actuator,
+        telemetry=telemetry,
         brain_factory=brains,
         metrics=metrics,
         clock=clock,
@@ -242,11 +307,12 @@ def build_server(
     return Daemon(
         config=config,
         actuator=actuator,
+        telemetry=telemetry,
         sessions=sessions,
         brain_factory=brains,
         servicer=servicer,
         registry=registry,
-        close_backend=file.close,
+        close_backend=backend.close,
     )
 
 
@@ -275,12 +341,6 @@ def serve_until_signal(daemon: Daemon) -> int:
     restored = daemon.stop()
     deadline.cancel()
     return 0 if restored else 1
-
-
-def _simulated_gpus(config: DaemonConfig) -> Path:
-    if config.simulated_gpus is None:
-        raise ValueError("simulated_gpus is empty; check the configuration first")
-    return config.simulated_gpus
 
 
 def _unix_target(path: Path) -> str:

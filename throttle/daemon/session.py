@@ -9,10 +9,10 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from throttle.actuation.actuator import DEFAULT_CLOCKS
+from throttle.actuation.leases import DEFAULT_CLOCKS
 from throttle.control.selection import Decision, Reason
 from throttle.control.state import Mode
-from throttle.daemon.answers import decision_message
+from throttle.daemon.answers import decision_message, energy_message
 from throttle.daemon.telemetry import GpuWindow
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import engine_pb2, throttle_service_pb2
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from throttle.actuation.actuator import Actuator, Lease
-    from throttle.control.state import EngineProfile
+    from throttle.control.state import EngineProfile, IterationState
     from throttle.daemon.brains import EngineBrain
+    from throttle.daemon.breaker import SloBreaker
     from throttle.daemon.mailbox import Arrival
     from throttle.daemon.metrics import DaemonMetrics
     from throttle.daemon.recording import Recording
@@ -50,6 +51,7 @@ class Session:
         actuator: Actuator,
         meter: GpuMeter,
         recording: Recording | None,
+        breaker: SloBreaker | None = None,
         metrics: DaemonMetrics,
         clock: Callable[[], float],
         log: FilteringBoundLogger,
@@ -63,6 +65,7 @@ class Session:
             actuator: Sets clocks.
             meter: Reads the engine's GPUs.
             recording: Where states are kept; None to keep none.
+            breaker: Says when throttling must be given up; None never does.
             metrics: Counts.
             clock: Monotonic seconds of the daemon; leases run on it.
             log: Bound to the engine.
@@ -77,6 +80,9 @@ class Session:
         self._actuator = actuator
         self._meter = meter
         self._recording = recording
+        self._breaker = breaker
+        clocks = engine_brain.candidate_clocks_mhz if engine_brain is not None else ()
+        self._highest_clock_mhz = max(clocks, default=0)
         self._metrics = metrics
         self._clock = clock
         self._log = log
@@ -126,6 +132,7 @@ class Session:
         decision = self._observe_and_decide(arrivals, window)
         duration = self._clock() - started
         decision, applied = self._apply(decision)
+        self._meter.note([arrival.state for arrival in arrivals])
         self._last_state_seconds = self._clock()
         self._last_sequence_number = newest.sequence_number
         self._busy_since_seconds = None
@@ -171,22 +178,23 @@ class Session:
         return held
 
     def close(self) -> None:
-        """Give the GPUs back and finish the recording; a second call does nothing."""
+        """Give the GPUs back and finish the recording; a second call waits for the first."""
         with self._closing:
             if self._closed:
                 return
             self._closed = True
-        self._released = True
-        self._give_back()
-        if self._recording is not None:
-            self._recording.close()
-            self._log.info(
-                "recording_closed",
-                path=str(self._recording.path),
-                rows_count=self._recording.rows_count,
-                dropped_rows_count=self._recording.dropped_rows_count,
-                failure=self._recording.failure,
-            )
+            self._released = True
+            self._give_back()
+            self._meter.close()
+            if self._recording is not None:
+                self._recording.close()
+                self._log.info(
+                    "recording_closed",
+                    path=str(self._recording.path),
+                    rows_count=self._recording.rows_count,
+                    dropped_rows_count=self._recording.dropped_rows_count,
+                    failure=self._recording.failure,
+                )
 
     def status(self) -> throttle_service_pb2.EngineStatus:
         """What an operator sees."""
@@ -206,6 +214,7 @@ class Session:
             last_decision=self._last_decision,
             latency_bias_ratio=engine_brain.brain.latency_bias_ratio if engine_brain else 1.0,
             coverage_ratio=-1.0 if coverage is None else coverage,
+            energy=energy_message(self._meter.energy()),
         )
 
     def _read_gpus(self) -> GpuWindow:
@@ -235,12 +244,27 @@ class Session:
             power = window.power_watts if len(arrivals) == 1 else None
             for arrival in arrivals:
                 brain.observe(arrival.state, window.clock_mhz, power)
+                self._ask_breaker(arrival.state)
             if self._released:
                 return Decision(DEFAULT_CLOCKS, Reason.RELEASED)
+            if self._breaker is not None and self._breaker.is_open(
+                newest.state.engine_time_seconds
+            ):
+                return Decision(DEFAULT_CLOCKS, Reason.INFEASIBLE)
             return brain.decide(newest.state)
         except Exception as error:  # noqa: BLE001 - whatever fails, the GPUs go to default clocks
             self._error = error
             return Decision(DEFAULT_CLOCKS, Reason.FAULT)
+
+    def _ask_breaker(self, state: IterationState) -> None:
+        if self._breaker is None or self.profile.mode is not Mode.ACT:
+            return
+        trips = self._breaker.trips_count
+        throttled = DEFAULT_CLOCKS < self._applied_clock_mhz < self._highest_clock_mhz
+        self._breaker.observe(state, throttled=throttled)
+        if self._breaker.trips_count > trips:
+            self._metrics.breaker_trips.inc()
+            self._log.error("slo_breaker_open")
 
     def _apply(self, decision: Decision) -> tuple[Decision, bool]:
         """Set the clock; returns what came of it and whether it was applied."""
@@ -257,7 +281,8 @@ class Session:
                 self._give_back()
                 return Decision(DEFAULT_CLOCKS, Reason.RELEASED), False
             before = self._applied_clock_mhz
-            self._applied_clock_mhz = lease.set_clock(decision.target_clock_mhz)
+            answer = lease.set_clock(decision.target_clock_mhz, decision.reason.name.lower())
+            self._applied_clock_mhz = answer.clock_mhz
         except ConflictError:  # given back, or taken by another engine meanwhile
             self._applied_clock_mhz = DEFAULT_CLOCKS
             reason = Reason.RELEASED if self._released else Reason.LEASE_EXPIRED
@@ -275,7 +300,7 @@ class Session:
                 reason=decision.reason.name.lower(),
                 slack_seconds=decision.binding.slack_seconds if decision.binding else None,
             )
-        return decision, decision.reason is not Reason.FAULT
+        return decision, answer.applied and decision.reason is not Reason.FAULT
 
     def _answer(
         self, decision: Decision, *, applied: bool, duration_seconds: float

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from throttle.control.state import Mode
 from throttle.daemon.brains import GpuModel
+from throttle.daemon.breaker import SloBreaker
 from throttle.daemon.mailbox import Mailbox
 from throttle.daemon.recording import Recording, recording_path, records_metadata
 from throttle.daemon.session import Session
-from throttle.daemon.telemetry import GpuMeter
 from throttle.errors import ConflictError, NotFoundError, ThrottleError
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from throttle.actuation.actuator import Actuator
     from throttle.control.state import EngineProfile
     from throttle.daemon.brains import BrainFactory
+    from throttle.daemon.breaker import BreakerSettings
     from throttle.daemon.metrics import DaemonMetrics
+    from throttle.daemon.telemetry import Telemetry
     from throttle.v1 import throttle_service_pb2
 
 
@@ -75,10 +77,12 @@ class Sessions:
         self,
         *,
         actuator: Actuator,
+        telemetry: Telemetry,
         brain_factory: BrainFactory,
         recording: RecordingPlan,
         limits: SessionLimits,
         metrics: DaemonMetrics,
+        breaker: BreakerSettings | None = None,
         clock: Callable[[], float],
         new_registration_id: Callable[[], str],
         log: FilteringBoundLogger,
@@ -87,19 +91,23 @@ class Sessions:
 
         Args:
             actuator: Sets clocks.
+            telemetry: Reads GPUs.
             brain_factory: Makes each engine's brain.
             recording: What is recorded.
             limits: What sessions are bound to.
             metrics: Counts.
+            breaker: When throttling an engine is given up; None never does.
             clock: Monotonic seconds.
             new_registration_id: Gives a name that was never given before.
             log: Logger.
         """
         self._actuator = actuator
+        self._telemetry = telemetry
         self._brain_factory = brain_factory
         self._recording = recording
         self._limits = limits
         self._metrics = metrics
+        self._breaker = breaker
         self._clock = clock
         self._new_registration_id = new_registration_id
         self._log = log
@@ -207,20 +215,26 @@ class Sessions:
         engine_brain = None
         if profile.mode is not Mode.RECORD:
             engine_brain = self._brain_factory.build(profile, gpu)
-        recording = self._open_recording(profile, gpu, registration_id)
+        meter = self._telemetry.open(profile.engine_id, profile.gpu_uuids)
+        recording = None
         try:
+            recording = self._open_recording(profile, gpu, registration_id)
             session = Session(
                 registration_id=registration_id,
                 profile=profile,
                 engine_brain=engine_brain,
                 actuator=actuator,
-                meter=GpuMeter(actuator.read, profile.gpu_uuids, self._clock),
+                meter=meter,
                 recording=recording,
+                breaker=None
+                if self._breaker is None
+                else SloBreaker(self._breaker, profile.default_slos),
                 metrics=self._metrics,
                 clock=self._clock,
                 log=log,
             )
-        except ThrottleError:
+        except BaseException:
+            meter.close()
             if recording is not None:
                 recording.close()
             raise

@@ -166,11 +166,14 @@ def served(tmp_path):
             stdout=output,
             stderr=output,
         )  # fmt: skip
-    with grpc.insecure_channel(f"unix:{tmp_path / 'socket'}") as channel:
-        grpc.channel_ready_future(channel).result(60.0)
-        yield process, channel, file, log
-    process.terminate()
-    assert process.wait(60.0) == 0, log.read_text()
+    try:
+        with grpc.insecure_channel(f"unix:{tmp_path / 'socket'}") as channel:
+            grpc.channel_ready_future(channel).result(120.0)
+            yield process, channel, file, log
+    finally:
+        process.terminate()
+        status = process.wait(60.0)
+    assert status == 0, log.read_text()
 
 
 def acts(packet):

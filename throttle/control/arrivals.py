@@ -148,7 +148,9 @@ class _Dispersion:
             self._sum = self._sum * self._decay + self._count
             self._squares = self._squares * self._decay + self._count**2
             self._count = 0.0
-            self._ends_seconds += _COUNT_SECONDS
+            # far from zero, adding an interval may change nothing
+            beyond = math.nextafter(self._ends_seconds, math.inf)
+            self._ends_seconds = max(self._ends_seconds + _COUNT_SECONDS, beyond)
         self._count += count
 
     def ratio(self) -> float:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -120,4 +124,26 @@ def test_a_controller_that_stands_still_loses_its_lease(world, record_property):
     record_property("default_seconds", seconds)
     os.kill(parts["controller"], signal.SIGCONT)
     process.send_signal(signal.SIGTERM)
+    assert process.wait(DEADLINE_SECONDS) == 0
+
+
+def test_as_process_1_of_a_container_it_obeys_sigterm_and_returns_the_gpus(simulated_world):
+    if os.getuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("a process namespace takes root and unshare")
+    script = Path(__file__).with_name("small_daemon.py")
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, str(script)]
+    process = subprocess.Popen(
+        [*command, simulated_world.orders().to_json(), '""'],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    simulated_world.started.append(process)
+    assert process.stdout.readline() == "claimed\n"
+    say_set(process)
+    process.stdout.readline()
+    assert simulated_world.all_slow()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGTERM)  # process 1 in there
+    simulated_world.default_within(ALLOWED_SECONDS)
     assert process.wait(DEADLINE_SECONDS) == 0

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.message import DecodeError
 
 from tests.integration.engines import idle, registration, state
 from tests.integration.processes import daemon_parts, is_running
@@ -166,11 +167,32 @@ def served(tmp_path):
             stdout=output,
             stderr=output,
         )  # fmt: skip
-    with grpc.insecure_channel(f"unix:{tmp_path / 'socket'}") as channel:
-        grpc.channel_ready_future(channel).result(60.0)
-        yield process, channel, file, log
-    process.terminate()
-    assert process.wait(60.0) == 0, log.read_text()
+    try:
+        with grpc.insecure_channel(f"unix:{tmp_path / 'socket'}") as channel:
+            grpc.channel_ready_future(channel).result(120.0)
+            yield process, channel, file, log
+    finally:
+        process.terminate()
+        status = process.wait(60.0)
+    assert status == 0, log.read_text()
+
+
+REQUESTS = {
+    "StreamIterations": throttle_service_pb2.StreamIterationsRequest,
+    "Evaluate": throttle_service_pb2.EvaluateRequest,
+    "GetStatus": throttle_service_pb2.GetStatusRequest,
+    "ReleaseControl": throttle_service_pb2.ReleaseControlRequest,
+}
+#: grpcio keeps some 16 KB of every message that protobuf cannot parse, before our code sees it.
+UNPARSABLE_LIMIT = 500
+
+
+def parses(method, packet):
+    try:
+        REQUESTS[method].FromString(packet)
+    except DecodeError:
+        return False
+    return True
 
 
 def acts(packet):
@@ -183,10 +205,26 @@ def acts(packet):
     return message.registration.mode == engine_pb2.CONTROL_MODE_ACT
 
 
+class Harmless:
+    """Packets without what would set clocks, and with only so many that cannot be parsed."""
+
+    def __init__(self):
+        self.unparsable_count = 0
+
+    def of(self, method, packets):
+        for packet in packets:
+            bad = not parses(method, packet)
+            if bad and self.unparsable_count >= UNPARSABLE_LIMIT:
+                continue
+            self.unparsable_count += bad
+            if method != "StreamIterations" or not acts(packet):
+                yield packet
+
+
 def test_noise_on_the_grpc_surface_slows_no_gpu_and_breaks_nothing(served, record_property):
     process, channel, file, log = served
     controller = daemon_parts(process.pid)["controller"]
-    draw, codes = random.Random(SEED), {}
+    draw, codes, harmless = random.Random(SEED), {}, Harmless()
     prefix = "/throttle.v1.ThrottleService/"
     before = None
     started = time.monotonic()
@@ -198,11 +236,12 @@ def test_noise_on_the_grpc_surface_slows_no_gpu_and_breaks_nothing(served, recor
                 packets = [seeds[0]] * draw.randrange(2) + [
                     noise(draw, seeds) for _ in range(draw.randrange(1, 6))
                 ]
-                packets = [packet for packet in packets if not acts(packet)]
+                packets = list(harmless.of(method, packets))
                 for _ in channel.stream_stream(prefix + method)(iter(packets), timeout=20.0):
                     continue
             else:
-                channel.unary_unary(prefix + method)(noise(draw, seeds), timeout=20.0)
+                for packet in harmless.of(method, [noise(draw, seeds)]):
+                    channel.unary_unary(prefix + method)(packet, timeout=20.0)
             code = "OK"
         except grpc.RpcError as error:
             code = error.code().name

@@ -6,6 +6,7 @@ starts it again. When the actuator dies with its work undone, it has the GPUs re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from throttle.actuation import privileges
 from throttle.actuation.process import open_backend, run
+from throttle.errors import ActuationError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,6 +103,9 @@ class Supervisor:
         Returns:
             Exit status: 0 when both ended in order and every GPU is at default clocks.
         """
+        if self._orders.backend == "nvml":
+            with contextlib.suppress(ActuationError):  # the actuator says so, too
+                import_nvml_binding()
         while self._controller or self._actuator or self._resetter:
             remaining = self._deadline_seconds - time.monotonic()
             if remaining <= 0 and not self._give_up():
@@ -196,3 +201,10 @@ class Supervisor:
             pairs = " ".join(f"{name}={value}" for name, value in fields.items())
             line = f"{now} [error  ] {event:<30} {pairs}"
         os.write(2, line.encode() + b"\n")
+
+
+def import_nvml_binding() -> None:
+    """Import what a reset needs before it is urgent; initializes nothing, which a fork forbids."""
+    from throttle.actuation.nvml import import_binding  # noqa: PLC0415 - where there is a driver
+
+    import_binding()

@@ -117,6 +117,10 @@ class LoadEstimator:
         self._decode_kv_tokens *= decay
 
 
+#: Silence of this many memories leaves nothing of what was counted before.
+_FORGOTTEN_MEMORIES = 50.0
+
+
 class _Dispersion:
     """Variance over mean of counts per interval, exponentially weighted.
 
@@ -126,6 +130,7 @@ class _Dispersion:
 
     def __init__(self, memory_intervals: float) -> None:
         self._decay = math.exp(-1.0 / memory_intervals)
+        self._forgotten_seconds = _FORGOTTEN_MEMORIES * memory_intervals * _COUNT_SECONDS
         self._ends_seconds: float | None = None
         self._count = 0.0
         self._weight = self._sum = self._squares = 0.0
@@ -134,12 +139,18 @@ class _Dispersion:
         """Count prompts at a time that does not fall."""
         if self._ends_seconds is None:
             self._ends_seconds = now_seconds + _COUNT_SECONDS
+        if now_seconds - self._ends_seconds > self._forgotten_seconds:
+            # as the loop would end, without its steps: an engine's clock may leap by any amount
+            self._weight, self._sum, self._squares = 1.0 / (1.0 - self._decay), 0.0, 0.0
+            self._count, self._ends_seconds = 0.0, now_seconds + _COUNT_SECONDS
         while now_seconds >= self._ends_seconds:
             self._weight = self._weight * self._decay + 1.0
             self._sum = self._sum * self._decay + self._count
             self._squares = self._squares * self._decay + self._count**2
             self._count = 0.0
-            self._ends_seconds += _COUNT_SECONDS
+            # far from zero, adding an interval may change nothing
+            beyond = math.nextafter(self._ends_seconds, math.inf)
+            self._ends_seconds = max(self._ends_seconds + _COUNT_SECONDS, beyond)
         self._count += count
 
     def ratio(self) -> float:

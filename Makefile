@@ -4,7 +4,7 @@ BIN := .venv/bin
 SHELL := /bin/bash
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-slow lint types check format proto proto-environment lock models results clean
+.PHONY: help demo test test-threats test-slow lint types check format proto proto-environment lock models results clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,6 +36,9 @@ test: .stamp-dev .stamp-proto  ## unit, property and integration tests
 
 test-slow: .stamp-dev  ## the tests that take long
 	$(BIN)/pytest -m slow
+
+test-threats: .stamp-dev  ## remove each defence of docs/security.md in a copy; its test must fail
+	$(BIN)/python scripts/check_threats.py
 
 lint: .stamp-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

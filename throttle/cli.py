@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "status": "ask a daemon what it is doing",
     "health": "ask a daemon whether it serves",
     "release": "return GPUs to default clocks now",
+    "token": "make a token for one caller",
     "demo": "play a real trace on a simulated GPU, at maximum clock and throttled",
     "profile": "drive clocks over an exploration plan and record iterations",
     "plant": "what one iteration costs on the simulated GPU",

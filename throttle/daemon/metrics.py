@@ -70,6 +70,12 @@ class DaemonMetrics:
             "Leases that ended because an engine was silent.",
             registry=registry,
         )
+        self.calls_refused = Counter(
+            "throttle_calls_refused_total",
+            "Calls refused before they were looked at.",
+            ["reason"],
+            registry=registry,
+        )
         self.registrations = Counter(
             "throttle_registrations_total", "Registrations.", ["outcome"], registry=registry
         )

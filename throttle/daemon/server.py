@@ -22,13 +22,16 @@ from prometheus_client import CollectorRegistry
 from throttle import __version__
 from throttle.actuation.actuator import Actuator
 from throttle.actuation.simulated import SimulatedBackend, SimulatedGpuFile
+from throttle.daemon.access import CallerLookup, read_access_list
 from throttle.daemon.brains import BrainFactory, ControllerFactory
 from throttle.daemon.config import split_address
+from throttle.daemon.credentials import tls_credentials
+from throttle.daemon.gate import CallGate
 from throttle.daemon.metrics import DaemonMetrics, GpuCollector, serve_metrics
 from throttle.daemon.recording import require_pyarrow
 from throttle.daemon.service import ThrottleServicer
 from throttle.daemon.sessions import RecordingPlan, SessionLimits, Sessions
-from throttle.daemon.sockets import claimed, private_umask
+from throttle.daemon.sockets import claimed, private_umask, set_group
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import throttle_service_pb2, throttle_service_pb2_grpc
 
@@ -51,7 +54,6 @@ _HEALTH_NAMES: Final = ("", _SERVICE_NAME)
 
 _SERVER_OPTIONS: Final = (
     ("grpc.so_reuseport", 0),  # or a second daemon on the same port would share it silently
-    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # the client's pace
     ("grpc.keepalive_permit_without_calls", 1),
 )
@@ -68,6 +70,7 @@ class Daemon:
         sessions: Sessions,
         brain_factory: BrainFactory,
         servicer: ThrottleServicer,
+        gate: CallGate,
         registry: CollectorRegistry,
         close_backend: Callable[[], None],
     ) -> None:
@@ -76,6 +79,7 @@ class Daemon:
         self.sessions = sessions
         self._brain_factory = brain_factory
         self._servicer = servicer
+        self._gate = gate
         self._registry = registry
         self._health = health.HealthServicer()
         self._log = structlog.get_logger()
@@ -158,7 +162,11 @@ class Daemon:
         calls = self.config.engines_limit + _OTHER_CALLS
         server = grpc.server(
             ThreadPoolExecutor(calls, thread_name_prefix="call"),
-            options=_SERVER_OPTIONS,
+            interceptors=[self._gate],
+            options=(
+                *_SERVER_OPTIONS,
+                ("grpc.max_receive_message_length", self.config.limits.message_bytes),
+            ),
             maximum_concurrent_rpcs=calls,
         )
         throttle_service_pb2_grpc.add_ThrottleServiceServicer_to_server(self._servicer, server)
@@ -167,10 +175,14 @@ class Daemon:
             (_SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
         if self.config.socket is not None:
-            with private_umask():
+            with private_umask(int(self.config.socket_mode, 8)):
                 _bind(server, _unix_target(self.config.socket), "socket")
+            if self.config.socket_group:
+                set_group(self.config.socket, self.config.socket_group)
         if self.config.tcp_address:
-            self.tcp_port = _bind(server, self.config.tcp_address, "tcp_address")
+            tls = self.config.tls
+            credentials = None if tls.certificate is None else tls_credentials(tls)
+            self.tcp_port = _bind(server, self.config.tcp_address, "tcp_address", credentials)
         server.start()
         return server
 
@@ -203,6 +215,8 @@ def build_server(
         NotFoundError: The backend or a configured GPU is not there.
     """
     log = structlog.get_logger()
+    access_list = None if config.access is None else read_access_list(config.access)
+    identify = CallerLookup(access_list)
     file = SimulatedGpuFile.open(_simulated_gpus(config))
     try:
         registry = CollectorRegistry()
@@ -235,6 +249,8 @@ def build_server(
         sessions=sessions,
         actuator=actuator,
         brain_factory=brains,
+        identify=identify,
+        limits=config.limits,
         metrics=metrics,
         clock=clock,
         log=log,
@@ -245,6 +261,7 @@ def build_server(
         sessions=sessions,
         brain_factory=brains,
         servicer=servicer,
+        gate=CallGate(identify, config.limits, metrics, clock, log),
         registry=registry,
         close_backend=file.close,
     )
@@ -287,8 +304,15 @@ def _unix_target(path: Path) -> str:
     return f"unix:{path.absolute()}"
 
 
-def _bind(server: grpc.Server, address: str, name: str) -> int:
+def _bind(
+    server: grpc.Server,
+    address: str,
+    name: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> int:
     try:
+        if credentials is not None:
+            return server.add_secure_port(address, credentials)
         return server.add_insecure_port(address)
     except RuntimeError:
         raise ConflictError(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from throttle.actuation.actuator import Actuator
     from throttle.control.state import EngineProfile
+    from throttle.daemon.access import Identity
     from throttle.daemon.brains import BrainFactory
     from throttle.daemon.metrics import DaemonMetrics
     from throttle.v1 import throttle_service_pb2
@@ -142,23 +143,26 @@ class Sessions:
                 del self._open[opened.session.profile.engine_id]
             self._metrics.engines.set(len(self._open))
 
-    def release(self, engine_id: str) -> tuple[str, ...]:
+    def release(self, engine_id: str, caller: Identity | None = None) -> tuple[str, ...]:
         """Give the GPUs of one engine, or of all when the id is empty, back to default clocks.
+
+        Args:
+            engine_id: The engine, or empty.
+            caller: Who asks; engines on GPUs of others do not exist for it. None sees all.
 
         Raises:
             NotFoundError: There is no such engine.
         """
-        chosen = [
-            opened for opened in self._all() if engine_id in {"", opened.session.profile.engine_id}
-        ]
+        seen = self._seen_by(caller)
+        chosen = [opened for opened in seen if engine_id in {"", opened.session.profile.engine_id}]
         if engine_id and not chosen:
-            names = ", ".join(opened.session.profile.engine_id for opened in self._all())
+            names = ", ".join(opened.session.profile.engine_id for opened in seen)
             raise NotFoundError(f"engine {engine_id!r} is not connected; there: {names or 'none'}")
         return tuple(uuid for opened in chosen for uuid in opened.session.release())
 
-    def statuses(self) -> list[throttle_service_pb2.EngineStatus]:
-        """What an operator sees of each engine."""
-        return [opened.session.status() for opened in self._all()]
+    def statuses(self, caller: Identity | None = None) -> list[throttle_service_pb2.EngineStatus]:
+        """What an operator sees of each engine; of its own ones where a caller is given."""
+        return [opened.session.status() for opened in self._seen_by(caller)]
 
     def release_stuck(self) -> None:
         """Give back what sessions hold whose control does not answer; called now and then."""
@@ -172,6 +176,13 @@ class Sessions:
         for opened in self._all():
             opened.mailbox.end(StoppingError("the service is stopping"))
             opened.session.close()
+
+    def _seen_by(self, caller: Identity | None) -> list[OpenSession]:
+        return [
+            opened
+            for opened in self._all()
+            if caller is None or caller.may_use(opened.session.profile.gpu_uuids)
+        ]
 
     def _all(self) -> list[OpenSession]:
         with self._lock:

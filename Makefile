@@ -4,7 +4,7 @@ BIN := .venv/bin
 SHELL := /bin/bash
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-threats test-slow lint types check format proto proto-environment lock models results clean
+.PHONY: help demo test test-threats metrics-page test-slow lint types check format proto proto-environment lock models results clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -57,6 +57,9 @@ proto-environment: .stamp-proto  ## the locked stub generator, in an environment
 
 proto: .stamp-proto  ## write the stubs in throttle/v1 from proto/
 	.venv-proto/bin/python scripts/generate_protos.py
+
+metrics-page: .stamp-dev  ## write docs/metrics.md from the metrics
+	$(BIN)/python scripts/metrics_page.py
 
 lock:  ## resolve and hash the dependencies anew (needs uv)
 	scripts/lock.sh --upgrade

@@ -11,7 +11,9 @@ compile() { # compile OUTPUT ARGUMENTS...
 compile requirements/dev.lock --extra daemon --extra fast --extra train --extra search --extra tracing --group build --group test --group types --group lint "$@"
 compile requirements/run.lock --extra daemon --extra fast --extra train --group build --constraint requirements/dev.lock "$@"
 # What the container image installs.
-compile requirements/image.lock --extra daemon --extra tracing --group build --constraint requirements/dev.lock "$@"
+compile requirements/image.lock --extra daemon --extra tracing --constraint requirements/dev.lock "$@"
+uv pip compile --group build --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --no-emit-find-links --no-header --quiet --output-file requirements/build.lock "$@"
 uv pip compile --group audit --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
   --no-emit-find-links --no-header --quiet --output-file requirements/audit.lock "$@"
 uv pip compile --group proto --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

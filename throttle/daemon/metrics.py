@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import Counter, Gauge, Histogram, Info
+from prometheus_client import Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import start_http_server
 
@@ -60,6 +60,13 @@ class DaemonMetrics:
         self.clock_changes = Counter(
             "throttle_clock_changes_total", "Changes of a target.", ["gpu"], registry=registry
         )
+        self.predicted_energy = Counter(
+            "throttle_predicted_energy_joules_total",
+            "Energy that iterations were predicted to take, at the clocks decided on and at "
+            "default clocks; their difference is the predicted saving.",
+            ["clocks"],
+            registry=registry,
+        )
         self.faults = Counter(
             "throttle_faults_total",
             "Decisions that failed and became default clocks.",
@@ -79,7 +86,19 @@ class DaemonMetrics:
         self.registrations = Counter(
             "throttle_registrations_total", "Registrations.", ["outcome"], registry=registry
         )
+        self.reloads = Counter(
+            "throttle_reloads_total",
+            "Reloads of configuration, access list and bundles; a refused one keeps what was.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.reload_refused = Gauge(
+            "throttle_reload_refused",
+            "1 while the last reload was refused and what was before is in force.",
+            registry=registry,
+        )
         self.engines = Gauge("throttle_engines_count", "Engines connected.", registry=registry)
+        ProcessCollector(registry=registry)
         Info("throttle_build", "Version of the service.", registry=registry).info(
             {"version": __version__}
         )
@@ -94,6 +113,14 @@ class DaemonMetrics:
         """
         self.decisions.labels(outcome, reason).inc()
         self.decision_duration.observe(decision.decision_duration_seconds)
+        if decision.predicted_default_iteration_seconds > 0:
+            self.predicted_energy.labels("decided").inc(
+                decision.predicted_power_watts * decision.predicted_iteration_seconds
+            )
+            self.predicted_energy.labels("default").inc(
+                decision.predicted_default_power_watts
+                * decision.predicted_default_iteration_seconds
+            )
 
     def count_change(self, change: ClockChange) -> None:
         """Count one write that changed a GPU's target."""

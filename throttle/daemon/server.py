@@ -24,6 +24,7 @@ from throttle.actuation.actuator import Actuator
 from throttle.actuation.simulated import SimulatedBackend, SimulatedGpuFile
 from throttle.daemon.access import CallerLookup, read_access_list
 from throttle.daemon.brains import BrainFactory, ControllerFactory
+from throttle.daemon.collectors import EngineCollector, GpuStateCollector
 from throttle.daemon.config import split_address
 from throttle.daemon.credentials import tls_credentials
 from throttle.daemon.gate import CallGate
@@ -80,7 +81,7 @@ class Daemon:
         self._brain_factory = brain_factory
         self._servicer = servicer
         self._gate = gate
-        self._registry = registry
+        self.registry = registry
         self._health = health.HealthServicer()
         self._log = structlog.get_logger()
         self._stopping = threading.Event()
@@ -114,7 +115,7 @@ class Daemon:
             self._warm_up()
             if self.config.metrics_address:
                 address = split_address(self.config.metrics_address)
-                self._resources.callback(serve_metrics(self._registry, *address))
+                self._resources.callback(serve_metrics(self.registry, *address))
             self._server = self._listen()
         except BaseException:
             self._resources.close()
@@ -146,6 +147,10 @@ class Daemon:
         self._resources.close()
         self._log.info("stopped", clocks_restored=restored)
         return restored
+
+    def close(self) -> None:
+        """Free what a daemon holds that was never started."""
+        self._resources.close()
 
     def _warm_up(self) -> None:
         found = False
@@ -225,6 +230,7 @@ def build_server(
         allowed = config.gpus or backend.uuids()
         actuator = Actuator(backend, allowed, clock, metrics.count_change)
         registry.register(GpuCollector(actuator))
+        registry.register(GpuStateCollector(actuator))
     except BaseException:
         file.close()
         raise
@@ -245,6 +251,7 @@ def build_server(
         new_registration_id=_new_registration_id,
         log=log,
     )
+    registry.register(EngineCollector(sessions.statuses))
     servicer = ThrottleServicer(
         sessions=sessions,
         actuator=actuator,

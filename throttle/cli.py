@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "release": "return GPUs to default clocks now",
     "token": "make a token for one caller",
     "demo": "play a real trace on a simulated GPU, at maximum clock and throttled",
+    "simulate": "play simulated engines in real time beside a daemon",
     "profile": "drive clocks over an exploration plan and record iterations",
     "plant": "what one iteration costs on the simulated GPU",
     "compare": "compare clock policies on a simulated GPU",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import socket
+import subprocess
 import time
 from types import SimpleNamespace
 
@@ -28,6 +31,33 @@ def logged(daemon, event):
     """The lines of one event in a daemon's log."""
     lines = (json.loads(line) for line in daemon.log_text().splitlines() if line.startswith("{"))
     return [line for line in lines if line["event"] == event]
+
+
+@pytest.fixture
+def unused_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def chromium(tmp_path):
+    """Runs a headless browser on a page; returns what it prints."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("chromium is not installed")
+
+    def run(*arguments):
+        return subprocess.run(
+            [
+                program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                "--no-first-run", f"--user-data-dir={tmp_path}/profile",
+                "--virtual-time-budget=4000", *map(str, arguments),
+            ],
+            capture_output=True, text=True, timeout=120, check=True,
+        ).stdout  # fmt: skip
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client import (
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.exposition import start_http_server
 
 from throttle import __version__
-from throttle.errors import ActuationError, ConflictError
+from throttle.errors import ActuationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,11 +34,42 @@ _HERTZ_PER_MHZ = 1e6
 _DURATION_BUCKETS: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
 
 
+# a gauge of creation time beside every counter serves nobody who scrapes
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+#: Clock changes remembered for the status page.
+_CHANGES_COUNT: Final = 30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChange:
+    """An engine's clock changed.
+
+    Attributes:
+        unix_seconds: When.
+        engine_id: The engine.
+        from_mhz: Clock before; 0 for default clocks.
+        to_mhz: Clock now; 0 for default clocks.
+        reason: Why, in lower case.
+    """
+
+    unix_seconds: float
+    engine_id: str
+    from_mhz: int
+    to_mhz: int
+    reason: str
+
+
 class DaemonMetrics:
     """The daemon's metrics, in a registry of their own."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, wall_clock: Callable[[], float] = time.time
+    ) -> None:
         self.registry = registry
+        self.reload_problem = ""  # why the last reload was refused
+        self._wall_clock = wall_clock
+        self._changes: deque[EngineChange] = deque(maxlen=_CHANGES_COUNT)
         self.iterations_received = Counter(
             "throttle_iterations_received_total", "States received.", registry=registry
         )
@@ -122,6 +162,14 @@ class DaemonMetrics:
                 * decision.predicted_default_iteration_seconds
             )
 
+    def note_change(self, engine_id: str, from_mhz: int, to_mhz: int, reason: str) -> None:
+        """Remember that an engine's clock changed."""
+        self._changes.append(EngineChange(self._wall_clock(), engine_id, from_mhz, to_mhz, reason))
+
+    def recent_changes(self) -> list[EngineChange]:
+        """The last changes, newest first."""
+        return list(self._changes)[::-1]
+
     def count_change(self, change: ClockChange) -> None:
         """Count one write that changed a GPU's target."""
         self.clock_changes.labels(change.gpu_uuid).inc()
@@ -160,27 +208,3 @@ class GpuCollector:
             power.add_metric([uuid], reading.power_watts)
             energy.add_metric([uuid], reading.energy_joules)
         yield from (target, clock, power, energy)
-
-
-def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> Callable[[], None]:
-    """Answer Prometheus over HTTP.
-
-    Returns:
-        What stops it.
-
-    Raises:
-        ConflictError: The address cannot be had.
-    """
-    try:
-        server, thread = start_http_server(port, addr=host, registry=registry)
-    except OSError as error:
-        raise ConflictError(
-            f"metrics_address {host}:{port} cannot be had: {error.strerror}; choose another"
-        ) from None
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    return stop

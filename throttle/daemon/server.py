@@ -28,11 +28,13 @@ from throttle.daemon.collectors import EngineCollector, GpuStateCollector
 from throttle.daemon.config import split_address
 from throttle.daemon.credentials import tls_credentials
 from throttle.daemon.gate import CallGate
-from throttle.daemon.metrics import DaemonMetrics, GpuCollector, serve_metrics
+from throttle.daemon.metrics import DaemonMetrics, GpuCollector
 from throttle.daemon.recording import require_pyarrow
 from throttle.daemon.service import ThrottleServicer
 from throttle.daemon.sessions import RecordingPlan, SessionLimits, Sessions
 from throttle.daemon.sockets import claimed, private_umask, set_group
+from throttle.daemon.status_page import StatusPage
+from throttle.daemon.web import serve_http
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import throttle_service_pb2, throttle_service_pb2_grpc
 
@@ -72,6 +74,7 @@ class Daemon:
         brain_factory: BrainFactory,
         servicer: ThrottleServicer,
         gate: CallGate,
+        status_page: StatusPage,
         registry: CollectorRegistry,
         close_backend: Callable[[], None],
     ) -> None:
@@ -81,6 +84,7 @@ class Daemon:
         self._brain_factory = brain_factory
         self._servicer = servicer
         self._gate = gate
+        self.status_page = status_page
         self.registry = registry
         self._health = health.HealthServicer()
         self._log = structlog.get_logger()
@@ -115,7 +119,7 @@ class Daemon:
             self._warm_up()
             if self.config.metrics_address:
                 address = split_address(self.config.metrics_address)
-                self._resources.callback(serve_metrics(self.registry, *address))
+                self._resources.callback(serve_http(self.status_page.pages(), *address))
             self._server = self._listen()
         except BaseException:
             self._resources.close()
@@ -123,6 +127,7 @@ class Daemon:
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         for name in _HEALTH_NAMES:
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self.status_page.ready = True
         self._log.info(
             "serving",
             version=__version__,
@@ -139,6 +144,7 @@ class Daemon:
         """
         self._log.info("stopping")
         self._health.enter_graceful_shutdown()
+        self.status_page.ready = False
         self._stopping.set()
         self.sessions.drain()
         restored = self._reset_all()
@@ -269,6 +275,13 @@ def build_server(
         brain_factory=brains,
         servicer=servicer,
         gate=CallGate(identify, config.limits, metrics, clock, log),
+        status_page=StatusPage(
+            actuator=actuator,
+            statuses=sessions.statuses,
+            metrics=metrics,
+            clock=clock,
+            simulated=config.backend == "simulated",
+        ),
         registry=registry,
         close_backend=file.close,
     )

@@ -273,6 +273,12 @@ class Session:
                 reason=decision.reason.name.lower(),
                 slack_seconds=decision.binding.slack_seconds if decision.binding else None,
             )
+            self._metrics.note_change(
+                self.profile.engine_id,
+                before,
+                self._applied_clock_mhz,
+                decision.reason.name.lower(),
+            )
         return decision, decision.reason is not Reason.FAULT
 
     def _answer(
@@ -311,6 +317,9 @@ class Session:
         if self._applied_clock_mhz != DEFAULT_CLOCKS:
             self._clock_changes_count += 1
             self._log.info("clock_changed", from_mhz=self._applied_clock_mhz, to_mhz=DEFAULT_CLOCKS)
+            self._metrics.note_change(
+                self.profile.engine_id, self._applied_clock_mhz, DEFAULT_CLOCKS, "given_back"
+            )
             self._applied_clock_mhz = DEFAULT_CLOCKS
 
     def _note_transition(self) -> None:

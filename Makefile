@@ -4,7 +4,7 @@ BIN := .venv/bin
 SHELL := /bin/bash
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-threats metrics-page test-slow lint types check format proto proto-environment lock models results clean
+.PHONY: help demo test test-container test-threats metrics-page test-slow lint types check format proto proto-environment lock models results clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,10 +32,13 @@ demo: .stamp-run  ## ten minutes of a real trace on one simulated GPU, at maximu
 	$(BIN)/throttle demo --out out/demo
 
 test: .stamp-dev .stamp-proto  ## unit, property and integration tests
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not container"
 
 test-slow: .stamp-dev  ## the tests that take long
 	$(BIN)/pytest -m slow
+
+test-container: .stamp-dev  ## build the image without a Docker engine, run it, print its size (root, buildah, debootstrap)
+	$(BIN)/pytest -m container -rs -s --timeout 3600 tests/container
 
 test-threats: .stamp-dev  ## remove each defence of docs/security.md in a copy; its test must fail
 	$(BIN)/python scripts/check_threats.py

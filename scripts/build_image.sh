@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the image of docker/Dockerfile without a Docker engine, on a base from debootstrap, and prints its size.
+# Builds the image of docker/Dockerfile without a Docker engine, on a base from debootstrap, and prints its size in bytes.
 # Needs root, debootstrap and buildah. Use: scripts/build_image.sh FOLDER
 # The storage and the base stay in FOLDER; the image is localhost/moe-throttle there.
 set -euo pipefail
@@ -41,9 +41,11 @@ mounts=()
 for path in /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do
   [ -e "$path" ] && mounts+=(--volume "$path:$path:ro")
 done
-"${buildah[@]}" bud --isolation chroot --format docker --layers --quiet "${mounts[@]}" \
+"${buildah[@]}" bud --isolation chroot --format docker --layers=false --quiet "${mounts[@]}" \
   --build-arg BASE=localhost/base --build-arg BUILD_BASE=localhost/build-base \
   --build-arg VERSION="$(sed -n 's/^__version__ = "\(.*\)"/\1/p' throttle/__init__.py)" \
   --build-arg REVISION="$(git rev-parse HEAD 2> /dev/null || echo unknown)" \
   --file docker/Dockerfile --ignorefile .dockerignore --tag localhost/moe-throttle . > /dev/null
-"${buildah[@]}" images --json localhost/moe-throttle | python3 -c 'import json, sys; print(json.load(sys.stdin)[0]["size"])'
+# bytes of its layers, unpacked
+"${buildah[@]}" inspect --type image localhost/moe-throttle | python3 -c 'import json, sys
+print(sum(layer["size"] for layer in json.loads(json.load(sys.stdin)["Manifest"])["layers"]))'

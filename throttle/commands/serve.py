@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from throttle.commands.configuration import add_configuration, read_configuration
+from throttle.commands.configuration import (
+    add_configuration,
+    configuration_file,
+    read_configuration,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -33,4 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = read_configuration(arguments)
     configure_logs(config.log_level, config.log_format)
-    return serve_until_signal(build_server(config))
+    return serve_until_signal(
+        build_server(
+            config,
+            read_config=lambda: read_configuration(arguments),
+            config_file=configuration_file(arguments),
+        )
+    )

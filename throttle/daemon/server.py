@@ -30,6 +30,7 @@ from throttle.daemon.credentials import tls_credentials
 from throttle.daemon.gate import CallGate
 from throttle.daemon.metrics import DaemonMetrics, GpuCollector
 from throttle.daemon.recording import require_pyarrow
+from throttle.daemon.reload import Reloader, ReplaceableFactory
 from throttle.daemon.service import ThrottleServicer
 from throttle.daemon.sessions import RecordingPlan, SessionLimits, Sessions
 from throttle.daemon.sockets import claimed, private_umask, set_group
@@ -89,6 +90,8 @@ class Daemon:
         self._health = health.HealthServicer()
         self._log = structlog.get_logger()
         self._stopping = threading.Event()
+        self._reload_asked = threading.Event()
+        self.reloader: Reloader | None = None
         self._resources = contextlib.ExitStack()
         self._resources.callback(close_backend)
         self._server: grpc.Server | None = None
@@ -154,6 +157,10 @@ class Daemon:
         self._log.info("stopped", clocks_restored=restored)
         return restored
 
+    def reload_soon(self) -> None:
+        """Reload as soon as the watching thread comes to it."""
+        self._reload_asked.set()
+
     def close(self) -> None:
         """Free what a daemon holds that was never started."""
         self._resources.close()
@@ -200,6 +207,13 @@ class Daemon:
     def _watch(self) -> None:
         while not self._stopping.wait(_WATCH_SECONDS):
             self.sessions.release_stuck()
+            if self.reloader is None:
+                continue
+            if self._reload_asked.is_set():
+                self._reload_asked.clear()
+                self.reloader.reload()
+            else:
+                self.reloader.reload_if_changed()
 
     def _reset_all(self) -> bool:
         try:
@@ -214,6 +228,8 @@ def build_server(
     config: DaemonConfig,
     brain_factory: BrainFactory | None = None,
     clock: Callable[[], float] = time.monotonic,
+    read_config: Callable[[], DaemonConfig] | None = None,
+    config_file: Path | None = None,
 ) -> Daemon:
     """Put a daemon together.
 
@@ -221,6 +237,8 @@ def build_server(
         config: A configuration without problems.
         brain_factory: Makes each engine's brain; None controls by the configured bundles.
         clock: Monotonic seconds.
+        read_config: Reads the configuration again; None never reloads.
+        config_file: The configuration's file, which is watched.
 
     Raises:
         NotFoundError: The backend or a configured GPU is not there.
@@ -240,11 +258,8 @@ def build_server(
     except BaseException:
         file.close()
         raise
-    brains = (
-        brain_factory
-        if brain_factory is not None
-        else ControllerFactory(config.bundles, config.control)
-    )
+    policy = ReplaceableFactory(ControllerFactory(config.bundles, config.control))
+    brains = brain_factory if brain_factory is not None else policy
     sessions = Sessions(
         actuator=actuator,
         brain_factory=brains,
@@ -268,7 +283,7 @@ def build_server(
         clock=clock,
         log=log,
     )
-    return Daemon(
+    daemon = Daemon(
         config=config,
         actuator=actuator,
         sessions=sessions,
@@ -285,6 +300,18 @@ def build_server(
         registry=registry,
         close_backend=file.close,
     )
+    if read_config is not None and brain_factory is None:
+        daemon.reloader = Reloader(
+            config=config,
+            read_config=read_config,
+            config_file=config_file,
+            factory=policy,
+            identify=identify,
+            sessions=sessions,
+            metrics=metrics,
+            log=log,
+        )
+    return daemon
 
 
 def serve_until_signal(daemon: Daemon) -> int:
@@ -296,14 +323,16 @@ def serve_until_signal(daemon: Daemon) -> int:
     Raises:
         ThrottleError: As `Daemon.start`.
     """
-    signals = {signal.SIGTERM, signal.SIGINT}
+    ending = {signal.SIGTERM, signal.SIGINT}
+    signals = ending | {signal.SIGHUP}
     # Blocked in every thread and waited for here: a handler could run in the middle of a lock.
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     daemon.start()
     # A full collection takes up to 75 ms with XGBoost's objects; they stay, so they are set aside.
     gc.collect()
     gc.freeze()
-    signal.sigwait(signals)
+    while signal.sigwait(signals) not in ending:
+        daemon.reload_soon()
     deadline = threading.Timer(
         daemon.config.drain_seconds + _STOP_MARGIN_SECONDS, os._exit, args=(1,)
     )

@@ -169,6 +169,12 @@ class Sessions:
         for opened in self._all():
             opened.session.release_if_stuck(opened.mailbox.oldest_seconds)
 
+    def restart(self, reason: str) -> None:
+        """Give all GPUs back and have every engine register again."""
+        for opened in self._all():
+            opened.mailbox.end(StoppingError(reason))
+            opened.session.close()
+
     def drain(self) -> None:
         """Give all GPUs back, end every stream with `StoppingError` and refuse new ones."""
         with self._lock:

@@ -4,7 +4,7 @@ BIN := .venv/bin
 SHELL := /bin/bash
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-container test-threats metrics-page test-slow lint types check format proto proto-environment lock models results clean
+.PHONY: help demo test test-container test-soak test-threats metrics-page test-slow lint types check format proto proto-environment lock models results clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -39,6 +39,9 @@ test-slow: .stamp-dev  ## the tests that take long
 
 test-container: .stamp-dev  ## build the image without a Docker engine, run it, print its size (root, buildah, debootstrap)
 	$(BIN)/pytest -m container -rs -s --timeout 3600 tests/container
+
+test-soak: .stamp-dev  ## 32 simulated engines that connect, crash and return, for SOAK_MINUTES (30)
+	$(BIN)/python scripts/soak.py --minutes $${SOAK_MINUTES:-30} --out out/soak
 
 test-threats: .stamp-dev  ## remove each defence of docs/security.md in a copy; its test must fail
 	$(BIN)/python scripts/check_threats.py

@@ -107,5 +107,5 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path):
 @needs_promtool
 def test_the_prometheus_configuration_is_valid(tmp_path):
     shutil.copytree(ALERTS.parent, tmp_path / "prometheus")
-    path = tmp_path / "prometheus" / "prometheus.yaml"
+    path = tmp_path / "prometheus" / "prometheus.yml"
     subprocess.run(["promtool", "check", "config", path], check=True, capture_output=True)

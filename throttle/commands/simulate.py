@@ -44,6 +44,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--plant", default="h200-qwen3-30b-a3b", help="shipped plant or TOML file")
     parser.add_argument("--engines", type=int, default=1, help="default: %(default)s")
     parser.add_argument(
+        "--first-engine", type=int, default=0, help="number of the first; default: %(default)s"
+    )
+    parser.add_argument(
         "--requests-per-second", type=float, default=3.0, help="per engine; default: %(default)s"
     )
     parser.add_argument(
@@ -65,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.engines < 1 or arguments.requests_per_second <= 0:
         raise ThrottleError("--engines and --requests-per-second must be above 0")
     plant = Plant.load(arguments.plant)
-    firsts = [f"GPU-simulated-{index}" for index in range(arguments.engines)]
+    numbers = range(arguments.first_engine, arguments.first_engine + arguments.engines)
+    firsts = [f"GPU-simulated-{number}" for number in numbers]
     if not arguments.gpus_file.exists():
         SimulatedGpuFile.create(arguments.gpus_file, gpu_entries(plant, firsts)).close()
     if arguments.only_make_gpus:
@@ -78,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             threading.Thread(
                 target=_play, args=(arguments, plant, file, index, first, ending), name=first
             )
-            for index, first in enumerate(firsts)
+            for index, first in zip(numbers, firsts, strict=True)
         ]
         for thread in threads:
             thread.start()

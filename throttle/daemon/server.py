@@ -35,6 +35,7 @@ from throttle.daemon.service import ThrottleServicer
 from throttle.daemon.sessions import RecordingPlan, SessionLimits, Sessions
 from throttle.daemon.sockets import claimed, private_umask, set_group
 from throttle.daemon.status_page import StatusPage
+from throttle.daemon.systemd import ServiceManager
 from throttle.daemon.web import serve_http
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import throttle_service_pb2, throttle_service_pb2_grpc
@@ -90,6 +91,7 @@ class Daemon:
         self._health = health.HealthServicer()
         self._log = structlog.get_logger()
         self._stopping = threading.Event()
+        self._service_manager = ServiceManager(os.environ, time.monotonic)
         self._reload_asked = threading.Event()
         self.reloader: Reloader | None = None
         self._resources = contextlib.ExitStack()
@@ -131,6 +133,7 @@ class Daemon:
         for name in _HEALTH_NAMES:
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self.status_page.ready = True
+        self._service_manager.ready()
         self._log.info(
             "serving",
             version=__version__,
@@ -148,6 +151,7 @@ class Daemon:
         self._log.info("stopping")
         self._health.enter_graceful_shutdown()
         self.status_page.ready = False
+        self._service_manager.stopping()
         self._stopping.set()
         self.sessions.drain()
         restored = self._reset_all()
@@ -207,6 +211,7 @@ class Daemon:
     def _watch(self) -> None:
         while not self._stopping.wait(_WATCH_SECONDS):
             self.sessions.release_stuck()
+            self._service_manager.alive()
             if self.reloader is None:
                 continue
             if self._reload_asked.is_set():

@@ -22,6 +22,7 @@ from throttle.daemon.layers import (
 )
 from throttle.daemon.logs import LogFormat, LogLevel  # noqa: TC001 - as above
 from throttle.daemon.messages import LEASE_MAXIMUM_SECONDS, LEASE_MINIMUM_SECONDS
+from throttle.daemon.tracing import TracingSettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,6 +82,7 @@ class DaemonConfig:
         lease: How long a silent engine may hold its GPUs.
         limits: What one caller may ask for.
         tls: How TCP is encrypted.
+        tracing: Which decisions are traced.
         control: How clocks are chosen.
     """
 
@@ -103,6 +105,7 @@ class DaemonConfig:
     lease: LeaseSettings = field(default_factory=LeaseSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     tls: TlsSettings = field(default_factory=TlsSettings)
+    tracing: TracingSettings = field(default_factory=TracingSettings)
     control: ControlSettings = field(default_factory=ControlSettings)
 
     def problems(self) -> list[str]:
@@ -122,6 +125,7 @@ class DaemonConfig:
             )
         found += self._address_problems()
         found += self.tls.problems()
+        found += [f"tracing.{problem}" for problem in self.tracing.problems()]
         found += [f"limits.{problem}" for problem in self.limits.problems()]
         if len(set(self.gpus)) != len(self.gpus):
             found.append(f"gpus is {list(self.gpus)}; allowed: UUIDs, each once")

@@ -36,6 +36,7 @@ from throttle.daemon.sessions import RecordingPlan, SessionLimits, Sessions
 from throttle.daemon.sockets import claimed, private_umask, set_group
 from throttle.daemon.status_page import StatusPage
 from throttle.daemon.systemd import ServiceManager
+from throttle.daemon.tracing import make_tracer, no_tracing
 from throttle.daemon.web import serve_http
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import throttle_service_pb2, throttle_service_pb2_grpc
@@ -161,6 +162,10 @@ class Daemon:
         self._log.info("stopped", clocks_restored=restored)
         return restored
 
+    def on_stop(self, callback: Callable[[], None]) -> None:
+        """Have something freed when the daemon stops."""
+        self._resources.callback(callback)
+
     def reload_soon(self) -> None:
         """Reload as soon as the watching thread comes to it."""
         self._reload_asked.set()
@@ -263,6 +268,7 @@ def build_server(
     except BaseException:
         file.close()
         raise
+    tracer = make_tracer(config.tracing)
     policy = ReplaceableFactory(ControllerFactory(config.bundles, config.control))
     brains = brain_factory if brain_factory is not None else policy
     sessions = Sessions(
@@ -276,6 +282,7 @@ def build_server(
         clock=clock,
         new_registration_id=_new_registration_id,
         log=log,
+        trace=tracer or no_tracing,
     )
     registry.register(EngineCollector(sessions.statuses))
     servicer = ThrottleServicer(
@@ -305,6 +312,8 @@ def build_server(
         registry=registry,
         close_backend=file.close,
     )
+    if tracer is not None:
+        daemon.on_stop(tracer.close)
     if read_config is not None and brain_factory is None:
         daemon.reloader = Reloader(
             config=config,

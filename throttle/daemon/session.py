@@ -14,6 +14,7 @@ from throttle.control.selection import Decision, Reason
 from throttle.control.state import Mode
 from throttle.daemon.answers import decision_message
 from throttle.daemon.telemetry import GpuWindow
+from throttle.daemon.tracing import no_tracing
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import engine_pb2, throttle_service_pb2
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from throttle.daemon.metrics import DaemonMetrics
     from throttle.daemon.recording import Recording
     from throttle.daemon.telemetry import GpuMeter
+    from throttle.daemon.tracing import DecisionTracer
     from throttle.v1 import decision_pb2
 
 _FALLBACK_REASONS = frozenset({Reason.FAULT, Reason.LEASE_EXPIRED})
@@ -53,6 +55,7 @@ class Session:
         metrics: DaemonMetrics,
         clock: Callable[[], float],
         log: FilteringBoundLogger,
+        trace: DecisionTracer = no_tracing,
     ) -> None:
         """Take the GPUs if the engine asked to act.
 
@@ -66,6 +69,7 @@ class Session:
             metrics: Counts.
             clock: Monotonic seconds of the daemon; leases run on it.
             log: Bound to the engine.
+            trace: Told of each decision.
 
         Raises:
             ConflictError: A GPU is held by another engine.
@@ -80,6 +84,7 @@ class Session:
         self._metrics = metrics
         self._clock = clock
         self._log = log
+        self._trace = trace
         self._lease: Lease | None = None
         if profile.mode is Mode.ACT:
             self._lease = actuator.acquire(profile.engine_id, profile.gpu_uuids)
@@ -296,6 +301,7 @@ class Session:
         reason = decision.reason
         outcome = "fallback" if reason in _FALLBACK_REASONS else "applied" if applied else "held"
         self._metrics.count_decision(message, outcome, reason.name.lower())
+        self._trace(self.profile, message, outcome, reason.name.lower())
         self._log.debug(
             "decision",
             sequence_number=message.sequence_number,

@@ -13,6 +13,7 @@ from throttle.daemon.mailbox import Mailbox
 from throttle.daemon.recording import Recording, recording_path, records_metadata
 from throttle.daemon.session import Session
 from throttle.daemon.telemetry import GpuMeter
+from throttle.daemon.tracing import no_tracing
 from throttle.errors import ConflictError, NotFoundError, ThrottleError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from throttle.daemon.access import Identity
     from throttle.daemon.brains import BrainFactory
     from throttle.daemon.metrics import DaemonMetrics
+    from throttle.daemon.tracing import DecisionTracer
     from throttle.v1 import throttle_service_pb2
 
 
@@ -83,6 +85,7 @@ class Sessions:
         clock: Callable[[], float],
         new_registration_id: Callable[[], str],
         log: FilteringBoundLogger,
+        trace: DecisionTracer = no_tracing,
     ) -> None:
         """Start without engines.
 
@@ -95,6 +98,7 @@ class Sessions:
             clock: Monotonic seconds.
             new_registration_id: Gives a name that was never given before.
             log: Logger.
+            trace: Told of each decision.
         """
         self._actuator = actuator
         self._brain_factory = brain_factory
@@ -104,6 +108,7 @@ class Sessions:
         self._clock = clock
         self._new_registration_id = new_registration_id
         self._log = log
+        self._trace = trace
         self._lock = threading.Lock()
         self._open: dict[str, OpenSession | None] = {}  # None while a session is being made
         self._draining = False
@@ -236,6 +241,7 @@ class Sessions:
                 metrics=self._metrics,
                 clock=self._clock,
                 log=log,
+                trace=self._trace,
             )
         except ThrottleError:
             if recording is not None:

@@ -4,7 +4,7 @@ BIN := .venv/bin
 SHELL := /bin/bash
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-container test-soak test-threats metrics-page test-slow lint types check format proto proto-environment lock models results clean
+.PHONY: help demo test test-container test-soak test-threats metrics-page audit sbom screenshots test-slow lint types check format proto proto-environment lock models results clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -66,6 +66,21 @@ proto: .stamp-proto  ## write the stubs in throttle/v1 from proto/
 
 metrics-page: .stamp-dev  ## write docs/metrics.md from the metrics
 	$(BIN)/python scripts/metrics_page.py
+
+.stamp-audit: requirements/audit.lock
+	@$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/audit.lock
+	@touch $@
+
+audit: .stamp-audit  ## ask the advisory database about everything that is installed
+	for lock in image run dev; do .venv-audit/bin/pip-audit --strict --disable-pip --no-deps --require-hashes -r requirements/$$lock.lock || exit 1; done
+
+sbom: .stamp-audit  ## what the image installs, as a CycloneDX bill of materials in out/sbom.json
+	@mkdir -p out
+	.venv-audit/bin/cyclonedx-py requirements requirements/image.lock --pyproject pyproject.toml --output-reproducible --output-format JSON --output-file out/sbom.json
+
+screenshots: .stamp-run  ## take the pictures of docs/images from running programs (chromium, prometheus)
+	$(BIN)/python scripts/screenshots.py
 
 lock:  ## resolve and hash the dependencies anew (needs uv)
 	scripts/lock.sh --upgrade

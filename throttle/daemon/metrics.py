@@ -138,6 +138,14 @@ class DaemonMetrics:
             registry=registry,
         )
         self.engines = Gauge("throttle_engines_count", "Engines connected.", registry=registry)
+        for counter, labels in (  # there from the start: a rate needs a first value
+            (self.iterations_dropped, ("overtaken",)),
+            (self.calls_refused, ("unauthenticated", "rate")),
+            (self.registrations, ("accepted", "refused")),
+            (self.reloads, ("applied", "refused")),
+        ):
+            for label in labels:
+                counter.labels(label)
         ProcessCollector(registry=registry)
         Info("throttle_build", "Version of the service.", registry=registry).info(
             {"version": __version__}

@@ -91,9 +91,15 @@ def draw_dashboard(picture: Path, start_seconds: float, end_seconds: float) -> i
                 print(f"no answer: {query}")
             for each in series:
                 values = np.array(each["values"], dtype=float)
-                axes.plot(values[:, 0] - start_seconds, values[:, 1], linewidth=1)
+                name = target["legendFormat"]
+                for label, value in each["metric"].items():
+                    name = name.replace(f"{{{{{label}}}}}", value)
+                axes.plot(values[:, 0] - start_seconds, values[:, 1], linewidth=1, label=name)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
+        axes.margins(y=0.15)
+        if axes.lines:
+            axes.legend(fontsize=6, loc="upper right", framealpha=0.6)
     figure.savefig(picture, dpi=80)
     return empty
 
@@ -134,7 +140,7 @@ def main() -> int:
                "--blink-settings=preferredColorScheme=0")  # fmt: skip
         empty = draw_dashboard(arguments.out / "dashboard.png", started, time.time())
     if arguments.report.exists():
-        browse(arguments.report.as_uri(), arguments.out / "report.png", "1240,1600")
+        browse(arguments.report.as_uri(), arguments.out / "report.png", "1240,1160")
     else:
         print(f"{arguments.report} is not there; run make demo first for report.png")
     print(f"{empty} queries had no answer")

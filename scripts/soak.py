@@ -88,7 +88,10 @@ class Daemon:
         return found
 
     def memory_bytes(self) -> float:
-        """Of the process and all below it, what they share counted once."""
+        """What the process and all below it have allocated; libraries are left out.
+
+        Pages of libraries are shared with engines that come and go, so their share moves.
+        """
         return sum(map(_proportional_bytes, _with_descendants(self.process.pid)))
 
 
@@ -259,7 +262,8 @@ def _proportional_bytes(pid: int) -> float:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
         return 0.0  # it has ended meanwhile
-    return next(float(line.split()[1]) for line in text.splitlines() if line[:4] == "Pss:") * 1024
+    line = next(line for line in text.splitlines() if line.startswith("Pss_Anon:"))
+    return float(line.split()[1]) * 1024
 
 
 def main() -> int:

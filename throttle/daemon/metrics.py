@@ -103,7 +103,7 @@ class DaemonMetrics:
         self.predicted_energy = Counter(
             "throttle_predicted_energy_joules_total",
             "Energy that iterations were predicted to take, at the clocks decided on and at "
-            "default clocks; their difference is the predicted saving.",
+            "default clocks; what GPUs draw between iterations is left out.",
             ["clocks"],
             registry=registry,
         )

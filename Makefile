@@ -4,7 +4,7 @@ BIN := .venv/bin
 SHELL := /bin/bash
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-container test-soak test-threats metrics-page audit sbom screenshots test-slow lint types check format proto proto-environment lock models results clean
+.PHONY: help demo test test-container test-soak test-threats test-gpu metrics-page audit sbom screenshots test-slow lint types check format proto proto-environment lock models results clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,6 +45,9 @@ test-soak: .stamp-dev  ## 32 simulated engines that connect, crash and return, f
 
 test-threats: .stamp-dev  ## remove each defence of docs/security.md in a copy; its test must fail
 	$(BIN)/python scripts/check_threats.py
+
+test-gpu: .stamp-dev  ## what is read of a GPU: a real one where there is one, and the fakes; sets nothing
+	$(BIN)/pytest tests/gpu
 
 lint: .stamp-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ ENUMS = [enum for file in FILES for enum in file.enum_types_by_name.values()]
 FORWARD_PASS_METRICS = {"ScheduledRequests", "QueuedRequests"}
 #: Numbers that are identifiers or order, not quantities.
 UNITLESS = {"sequence_number", "request_number", "request_numbers"}
-UNITS = re.compile(r"_(seconds|mhz|watts|joules|tokens|bytes|count|ratio)$")
+UNITS = re.compile(r"_(seconds|mhz|watts|joules|celsius|tokens|bytes|count|ratio)$")
 NUMBERS = {
     FieldDescriptor.CPPTYPE_INT32,
     FieldDescriptor.CPPTYPE_INT64,

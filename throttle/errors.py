@@ -29,3 +29,23 @@ class ConflictError(ThrottleError):
 
 class ActuationError(ThrottleError):
     """A GPU did not do what it was told."""
+
+
+class GpuDeniedError(ActuationError):
+    """A GPU can never be set here: no permission, or the device cannot."""
+
+
+class GpuLostError(ActuationError):
+    """A GPU fell off the bus or wants a reset; trying again soon is of no use."""
+
+
+class GpuPermissionError(GpuDeniedError):
+    """This process may not write a GPU; another, with more rights, could."""
+
+
+class NotSupportedError(GpuDeniedError):
+    """A device or its driver has no such function."""
+
+
+class DriverError(ActuationError):
+    """The driver or its binding cannot be used at all."""

@@ -4,13 +4,14 @@ import pytest
 import structlog
 from prometheus_client import CollectorRegistry
 
-from throttle.actuation.actuator import Actuator
+from throttle.actuation.local import LocalActuator
 from throttle.actuation.simulated import SimulatedBackend, SimulatedGpu, SimulatedGpuFile
 from throttle.control.selection import Decision, Reason
 from throttle.daemon.brains import EngineBrain
 from throttle.daemon.mailbox import Arrival
 from throttle.daemon.messages import StateReader, read_registration
 from throttle.daemon.metrics import DaemonMetrics
+from throttle.daemon.telemetry import Telemetry, TelemetrySettings
 from throttle.v1 import engine_pb2
 
 CLOCKS = (600, 900, 1200, 1500)
@@ -100,9 +101,14 @@ def metrics(registry):
 
 @pytest.fixture
 def actuator(gpus, clock, metrics):
-    actuator = Actuator(SimulatedBackend(gpus), gpus.uuids(), clock, metrics.count_change)
+    actuator = LocalActuator(SimulatedBackend(gpus), gpus.uuids(), clock, metrics.count_change)
     actuator.reset_all()
     return actuator
+
+
+@pytest.fixture
+def telemetry(actuator, clock):
+    return Telemetry(actuator.read, actuator.uuids(), clock, TelemetrySettings(), when_asked=True)
 
 
 @pytest.fixture

@@ -76,13 +76,13 @@ def test_every_error_is_reported_at_once(tmp_path):
     )
     environ = {"THROTTLE_TCP_ADDRESS": "0.0.0.0:7077", "THROTTLE_LOG_LEVEL": "loud"}
     with pytest.raises(ConfigurationError) as raised:
-        load_config({"backend": "nvml", "drain_seconds": "nan"}, environ, path)
+        load_config({"backend": "other", "drain_seconds": "nan"}, environ, path)
     expected = [
         f"engines_limit in {path} is 'many'; allowed: a whole number",
         f"sockets in {path} is not a setting; did you mean socket?",
         f"control.dwell in {path} is not a setting; did you mean control.dwell_seconds?",
         "THROTTLE_LOG_LEVEL is 'loud'; allowed: debug, info, warning, error",
-        "--backend is 'nvml'; allowed: simulated",
+        "--backend is 'other'; allowed: simulated, nvml, observe",
         "--drain-seconds is 'nan'; allowed: a finite number",
     ]
     assert set(expected) <= set(raised.value.problems)
@@ -123,6 +123,13 @@ def test_a_refused_value_is_not_reported_twice():
 def test_a_bad_value_is_refused_with_what_is_allowed(key, value, allowed):
     with pytest.raises(ConfigurationError, match=allowed):
         load_config({**NEEDED, key: value}, {}, None)
+
+
+def test_real_gpus_that_may_be_written_must_be_named():
+    with pytest.raises(ConfigurationError, match="gpus is empty; allowed: the UUIDs"):
+        load_config({"backend": "nvml"}, {}, None)
+    assert load_config({"backend": "nvml", "gpus": "GPU-a"}, {}, None).gpus == ("GPU-a",)
+    assert load_config({"backend": "observe"}, {}, None).gpus == ()
 
 
 def test_good_values_of_every_kind():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import structlog
 
-from throttle.actuation.actuator import Actuator
+from throttle.actuation.local import LocalActuator
 from throttle.daemon.brains import EngineBrain
 from throttle.daemon.session import Session
 from throttle.daemon.telemetry import GpuMeter
@@ -158,7 +158,7 @@ class DisobedientBackend:
 
 
 def test_a_gpu_that_does_not_obey_is_a_fault(open_session, arrival, gpus, actuator, clock):
-    disobedient = Actuator(DisobedientBackend(actuator._backend), ["GPU-a"], clock)
+    disobedient = LocalActuator(DisobedientBackend(actuator._backend), ["GPU-a"], clock)
     answer = open_session(actuator=disobedient).handle([arrival()])
     assert answer.reason == REASON.DECISION_REASON_FAULT
     assert not answer.applied

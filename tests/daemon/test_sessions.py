@@ -11,12 +11,13 @@ from throttle.v1 import engine_pb2
 
 
 @pytest.fixture
-def make_sessions(actuator, factory, metrics, clock):
+def make_sessions(actuator, telemetry, factory, metrics, clock):
     numbers = itertools.count(1)
 
     def make(recordings=None, engines_count=3):
         return Sessions(
             actuator=actuator,
+            telemetry=telemetry,
             brain_factory=factory,
             recording=RecordingPlan(recordings, simulated=True),
             limits=SessionLimits(engines_count, 1.0, 10.0),

@@ -3,6 +3,7 @@ training, as a user would."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from predictors.dataset import read_records
 from predictors.training import save, train
 from predictors.training_settings import TrainingSettings
 from tests.integration.engines import DEADLINE_SECONDS, EngineStream, registration
+from tests.integration.processes import daemon_parts, kill_all
 from throttle.actuation.simulated import SimulatedGpu, SimulatedGpuFile
 from throttle.daemon.messages import StateReader, read_registration
 from throttle.daemon.recording import Recording, records_metadata
@@ -53,6 +55,15 @@ class RunningDaemon:
     def terminate(self, number=signal.SIGTERM):
         self.process.send_signal(number)
         return self.process.wait(DEADLINE_SECONDS)
+
+    def parts(self):
+        """Process ids by name: supervisor, controller and actuator."""
+        return daemon_parts(self.process.pid)
+
+    def kill(self):
+        """SIGKILL to all three at once, as when a container is killed."""
+        kill_all(self.parts().values())
+        self.process.wait(DEADLINE_SECONDS)
 
     def log_text(self):
         return self.log.read_text("utf-8")
@@ -118,6 +129,19 @@ def _record(path, profile, truth, clocks, run):
 @pytest.fixture(scope="module")
 def gpus(tmp_path_factory):
     """Six simulated GPUs in a file."""
+    with gpu_file(tmp_path_factory) as entry:
+        yield entry
+
+
+@pytest.fixture
+def own_gpus(tmp_path_factory):
+    """Six more for one test, beside a daemon that holds those of the module."""
+    with gpu_file(tmp_path_factory) as entry:
+        yield entry
+
+
+@contextlib.contextmanager
+def gpu_file(tmp_path_factory):
     clocks = tuple(int(clock) for clock in FormulaPredictor().clocks_mhz)
     path = tmp_path_factory.mktemp("gpus") / "state"
     entries = [SimulatedGpu(uuid, GPU_NAME, clocks) for uuid in UUIDS]
@@ -130,7 +154,11 @@ class DaemonStarter:
 
     def __init__(self, make_folder, gpus_path, bundles):
         self._make_folder = make_folder
-        self._defaults = ("--simulated-gpus", gpus_path, "--bundles", bundles)
+        # answers wait until GPUs are told, and lowering is not paced: tests know what to expect
+        self._defaults = (
+            "--simulated-gpus", gpus_path, "--bundles", bundles,
+            "--actuation-answer-wait-seconds", 30, "--actuation-lowering-interval-seconds", 0,
+        )  # fmt: skip
         self._running = []
 
     def __call__(self, *arguments):

@@ -67,8 +67,7 @@ def test_health_turns_before_the_daemon_goes(start_daemon):
 
 def test_a_killed_daemons_clocks_are_restored_by_the_next_one(parked, gpus, start_daemon):
     daemon, _ = parked
-    daemon.process.kill()
-    daemon.process.wait(DEADLINE_SECONDS)
+    daemon.kill()
     assert gpus.file.read_lock_mhz("GPU-a") > 0  # as a real driver would keep it
     start_daemon()
     assert gpus.file.read_lock_mhz("GPU-a") == 0
@@ -76,8 +75,7 @@ def test_a_killed_daemons_clocks_are_restored_by_the_next_one(parked, gpus, star
 
 def test_a_dead_daemons_socket_is_taken_over(parked, bundles, gpus, start_daemon):
     daemon, _ = parked
-    daemon.process.kill()
-    daemon.process.wait(DEADLINE_SECONDS)
+    daemon.kill()
     again = start_daemon("--socket", daemon.target.removeprefix("unix:"))
     assert again.status().version
 
@@ -122,8 +120,7 @@ def test_the_client_finds_a_restarted_daemon_and_tells_it_of_live_requests(start
     with ThrottleClient(registration(), daemon.target, backoff=backoff) as client:
         client.submit(state(1))
         assert client.wait_for_decision(1, DEADLINE_SECONDS).applied
-        daemon.process.kill()
-        daemon.process.wait(DEADLINE_SECONDS)
+        daemon.kill()
         start_daemon("--socket", daemon.target.removeprefix("unix:"))
         assert wait_for_reconnect(client)
         client.submit(state(2))
@@ -142,14 +139,16 @@ def wait_for_reconnect(client):
 
 
 def test_a_socket_in_use_is_refused_and_its_daemon_goes_on(start_daemon, gpus):
-    daemon = start_daemon()
+    daemon = start_daemon("--gpus", "GPU-a")
     path = daemon.target.removeprefix("unix:")
-    second = run_throttle("serve", "--socket", path, "--simulated-gpus", gpus.path)
+    second = run_throttle(
+        "serve", "--socket", path, "--simulated-gpus", gpus.path, "--gpus", "GPU-b"
+    )
     assert second.returncode == 1
-    assert second.stderr.splitlines()[-1] == (
+    assert (
         f"throttle: socket '{path}' is in use by a running server; stop it or choose another "
         "with --socket"
-    )
+    ) in second.stderr.splitlines()
     assert daemon.status().version
 
 
@@ -168,7 +167,7 @@ def test_the_socket_is_for_owner_and_group(start_daemon):
 
 
 def test_a_port_in_use_is_refused(start_daemon, gpus, tmp_path):
-    daemon = start_daemon("--tcp-address", "127.0.0.1:0")
+    daemon = start_daemon("--tcp-address", "127.0.0.1:0", "--gpus", "GPU-a")
     port = next(
         int(line.split('"tcp_port": ')[1].split(",")[0])
         for line in daemon.log_text().splitlines()
@@ -178,7 +177,7 @@ def test_a_port_in_use_is_refused(start_daemon, gpus, tmp_path):
         grpc.channel_ready_future(channel).result(DEADLINE_SECONDS)
     second = run_throttle(
         "serve", "--socket", tmp_path / "s", "--simulated-gpus", gpus.path,
-        "--tcp-address", f"127.0.0.1:{port}",
+        "--tcp-address", f"127.0.0.1:{port}", "--gpus", "GPU-b",
     )  # fmt: skip
     assert second.returncode == 1
     assert f"tcp_address 127.0.0.1:{port} cannot be had" in second.stderr
@@ -248,7 +247,7 @@ def test_asking_an_absent_daemon_is_one_line(tmp_path):
 
 
 def test_check_config_reports_everything_at_once_or_prints_every_setting(tmp_path):
-    bad = run_throttle("check-config", "--backend", "nvml", "--engines-limit", "0")
+    bad = run_throttle("check-config", "--backend", "other", "--engines-limit", "0")
     assert bad.returncode == 1
     assert len(bad.stderr.splitlines()) == 3
     good = run_throttle(

@@ -90,12 +90,15 @@ def test_shadow_mode_decides_and_touches_nothing(daemon, gpus):
     stream.close()
 
 
-def test_record_mode_needs_no_bundle_and_training_reads_the_file(start_daemon, tmp_path, gpus):
-    daemon = start_daemon("--bundles", tmp_path / "none", "--recordings", tmp_path / "records")
+def test_record_mode_needs_no_bundle_and_training_reads_the_file(start_daemon, tmp_path, own_gpus):
+    daemon = start_daemon(
+        "--bundles", tmp_path / "none", "--recordings", tmp_path / "records",
+        "--simulated-gpus", own_gpus.path,
+    )  # fmt: skip
     model = engine_pb2.ModelDescriptor(name="a-model-nobody-knows")
     stream = daemon.stream(registration(mode=engine_pb2.CONTROL_MODE_RECORD, model=model))
     assert stream.accepted().bundle == ""
-    port = gpus.file.gpu("GPU-a")
+    port = own_gpus.file.gpu("GPU-a")
     for number in range(1, 11):
         port.publish(1980.0, 400.0, 40.0 * number, 0.1 * number)
         decision = stream.decide(state(number))
@@ -110,8 +113,8 @@ def test_record_mode_needs_no_bundle_and_training_reads_the_file(start_daemon, t
     assert set(frame["clock_observed_mhz"]) == {1980}
 
 
-def test_record_mode_without_a_place_to_record_is_refused(start_daemon):
-    daemon = start_daemon()
+def test_record_mode_without_a_place_to_record_is_refused(start_daemon, own_gpus):
+    daemon = start_daemon("--simulated-gpus", own_gpus.path)
     error = daemon.stream(registration(mode=engine_pb2.CONTROL_MODE_RECORD)).error()
     assert error.code() is CODE.FAILED_PRECONDITION
     assert "--recordings DIRECTORY" in error.details()

@@ -303,6 +303,11 @@ class SimulatedBackend:
         """Clocks that can be locked, MHz, rising."""
         return self._file.supported_clocks_mhz(uuid)
 
+    def refusal(self, uuid: str) -> str:
+        """Nothing: a simulated GPU may be written by anyone."""
+        self._file.read_lock_mhz(uuid)  # it must be there all the same
+        return ""
+
     def set_maximum_clock(self, uuid: str, clock_mhz: int) -> None:
         """Lock to one of the supported clocks."""
         if clock_mhz <= 0:
@@ -316,6 +321,10 @@ class SimulatedBackend:
     def read(self, uuid: str) -> GpuReading:
         """Read what the simulated GPU published last."""
         return self._file.read_telemetry(uuid)
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._file.close()
 
 
 def _record_offset(index: int) -> int:

@@ -43,16 +43,26 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(f"throttle {status.version}, up {status.uptime_seconds:.0f} s")
     for gpu in status.gpus:
-        target = f"{gpu.target_clock_mhz} MHz" if gpu.target_clock_mhz else "default"
-        print(
-            f"gpu {gpu.gpu_uuid}: target {target}, runs at {gpu.observed_clock_mhz} MHz, "
-            f"{gpu.power_watts:.0f} W, {'held by ' + gpu.engine_id if gpu.engine_id else 'free'}"
-        )
+        print(_gpu_line(gpu))
     for engine in status.engines:
         print(_engine_line(engine))
     if not status.engines:
         print("no engine is connected")
     return 0
+
+
+def _gpu_line(gpu: throttle_service_pb2.GpuStatus) -> str:
+    target = f"{gpu.target_clock_mhz} MHz" if gpu.target_clock_mhz else "default"
+    line = f"gpu {gpu.gpu_uuid}: target {target}, "
+    if gpu.reading_problem:
+        line += f"not readable ({gpu.reading_problem})"
+    else:
+        line += f"runs at {gpu.observed_clock_mhz} MHz, {gpu.power_watts:.0f} W"
+        if gpu.HasField("temperature_celsius"):
+            line += f", {gpu.temperature_celsius:.0f} C"
+        if gpu.clock_event_reasons:
+            line += f" ({', '.join(gpu.clock_event_reasons)})"
+    return f"{line}, {'held by ' + gpu.engine_id if gpu.engine_id else 'free'}"
 
 
 def _engine_line(engine: throttle_service_pb2.EngineStatus) -> str:
@@ -63,6 +73,9 @@ def _engine_line(engine: throttle_service_pb2.EngineStatus) -> str:
     )
     if engine.state_age_seconds >= 0:
         line += f", last state {engine.state_age_seconds:.1f} s ago"
+    energy = engine.energy
+    if energy.requests_joules or energy.idle_joules:
+        line += f", {energy.requests_joules:.0f} J for requests, {energy.idle_joules:.0f} J idle"
     if engine.HasField("last_decision"):
         decision = engine.last_decision
         reason = decision_pb2.DecisionReason.Name(decision.reason)

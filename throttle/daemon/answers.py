@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from throttle.actuation.backend import EventReason
+from throttle.errors import ActuationError
 from throttle.v1 import decision_pb2, throttle_service_pb2
 
 if TYPE_CHECKING:
+    from throttle.actuation.backend import GpuReading
     from throttle.control.controller import Evaluation
     from throttle.control.selection import Binding, Decision
+    from throttle.daemon.attribution import EngineEnergy, GpuEnergy
 
 
 def decision_message(
@@ -73,6 +77,67 @@ def evaluation_message(
         ),
         bundle=bundle,
     )
+
+
+def energy_message(energy: EngineEnergy | None) -> throttle_service_pb2.EngineEnergy | None:
+    """The protocol's form of an engine's energy; None for none."""
+    if energy is None:
+        return None
+    return throttle_service_pb2.EngineEnergy(
+        requests_joules=energy.requests_joules,
+        idle_joules=energy.idle_joules,
+        unassigned_joules=energy.unassigned_joules,
+        pending_joules=energy.pending_joules,
+        requests_count=energy.requests_count,
+        recent_requests=[
+            throttle_service_pb2.RequestEnergy(
+                request_number=request.request_number,
+                energy_joules=request.energy_joules,
+                tokens_count=request.tokens_count,
+            )
+            for request in energy.recent_requests
+        ],
+    )
+
+
+def gpu_message(
+    gpu_uuid: str,
+    target_mhz: int,
+    engine_id: str,
+    reading: GpuReading | ActuationError,
+    energy: GpuEnergy,
+) -> throttle_service_pb2.GpuStatus:
+    """The protocol's form of what is known of a GPU.
+
+    Args:
+        gpu_uuid: It.
+        target_mhz: What it was told last; below 0 when nothing is known.
+        engine_id: Who holds it; empty when it is free.
+        reading: Its newest reading, or why there is none.
+        energy: What it drew.
+    """
+    message = throttle_service_pb2.GpuStatus(
+        gpu_uuid=gpu_uuid,
+        target_clock_mhz=max(0, target_mhz),
+        engine_id=engine_id,
+        energy_joules=energy.counted_joules,
+        unattributed_energy_joules=energy.unattributed_joules,
+    )
+    if isinstance(reading, ActuationError):
+        message.reading_problem = str(reading)
+        return message
+    message.observed_clock_mhz = reading.clock_mhz
+    message.power_watts = reading.power_watts
+    message.power_scope = reading.power_scope.value
+    message.clock_event_reasons.extend(reason_names(reading.event_reasons))
+    if reading.temperature_celsius is not None:
+        message.temperature_celsius = reading.temperature_celsius
+    return message
+
+
+def reason_names(reasons: EventReason) -> list[str]:
+    """Event reasons one by one, in lower case; bits that have no name are left out."""
+    return [reason.name.lower() for reason in EventReason if reason in reasons and reason.name]
 
 
 def _binding_message(binding: Binding) -> decision_pb2.BindingLimit:

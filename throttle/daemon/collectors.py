@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 
-from throttle.actuation.actuator import DEFAULT_CLOCKS, UNKNOWN_CLOCKS
+from throttle.actuation.leases import DEFAULT_CLOCKS, UNKNOWN_CLOCKS
 from throttle.v1 import decision_pb2, engine_pb2
 
 if TYPE_CHECKING:

@@ -7,9 +7,11 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 # needed at run time: the fields' types are read from the annotations
+from throttle.actuation.backends import BackendKind  # noqa: TC001 - as above
+from throttle.actuation.settings import STATE_DIRECTORY, ActuationSettings
 from throttle.control.settings import ControlSettings
 from throttle.daemon.credentials import TlsSettings
 from throttle.daemon.gate import LimitSettings
@@ -22,6 +24,7 @@ from throttle.daemon.layers import (
 )
 from throttle.daemon.logs import LogFormat, LogLevel  # noqa: TC001 - as above
 from throttle.daemon.messages import LEASE_MAXIMUM_SECONDS, LEASE_MINIMUM_SECONDS
+from throttle.daemon.telemetry import TelemetrySettings
 from throttle.daemon.tracing import TracingSettings
 
 if TYPE_CHECKING:
@@ -70,7 +73,8 @@ class DaemonConfig:
             whoever reaches the socket or the port speak for every configured GPU.
         gpus: UUIDs of the GPUs that may be throttled; no other is ever written. Empty means every
             GPU of a simulated backend; real ones must be named.
-        backend: Driver of the GPUs.
+        backend: Driver of the GPUs: nvml sets and reads NVIDIA GPUs, observe reads them only,
+            simulated plays GPUs in a file.
         simulated_gpus: State file of the simulated GPUs, for the backend "simulated".
         bundles: Where trained bundles lie, each in its own directory.
         recordings: Where the iterations of every engine are recorded; empty records nothing.
@@ -83,6 +87,8 @@ class DaemonConfig:
         limits: What one caller may ask for.
         tls: How TCP is encrypted.
         tracing: Which decisions are traced.
+        actuation: How clocks are set.
+        telemetry: How GPUs are read.
         control: How clocks are chosen.
     """
 
@@ -93,7 +99,7 @@ class DaemonConfig:
     socket_group: str = ""
     access: Path | None = None
     gpus: tuple[str, ...] = ()
-    backend: Literal["simulated"] = "simulated"
+    backend: BackendKind = "simulated"
     simulated_gpus: Path | None = None
     bundles: Path = Path("models")
     recordings: Path | None = None
@@ -106,7 +112,23 @@ class DaemonConfig:
     limits: LimitSettings = field(default_factory=LimitSettings)
     tls: TlsSettings = field(default_factory=TlsSettings)
     tracing: TracingSettings = field(default_factory=TracingSettings)
+    actuation: ActuationSettings = field(default_factory=ActuationSettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     control: ControlSettings = field(default_factory=ControlSettings)
+
+    @property
+    def state_directory(self) -> Path:
+        """Where the records of the GPUs lie."""
+        if self.actuation.state_directory is not None:
+            return self.actuation.state_directory
+        if self.backend == "simulated" and self.simulated_gpus is not None:
+            return self.simulated_gpus.with_name(self.simulated_gpus.name + ".state")
+        return STATE_DIRECTORY
+
+    @property
+    def addresses(self) -> str:
+        """Where it listens, for messages."""
+        return ", ".join(filter(None, (str(self.socket or ""), self.tcp_address)))
 
     def problems(self) -> list[str]:
         """Values that cannot be used, alone or together; one line each."""
@@ -134,6 +156,11 @@ class DaemonConfig:
                 "simulated_gpus is empty; allowed: the state file of the simulated GPUs when "
                 "backend is 'simulated'"
             )
+        if self.backend == "nvml" and not self.gpus:
+            found.append(
+                "gpus is empty; allowed: the UUIDs that may be written when backend is 'nvml' "
+                "(`throttle doctor` lists them)"
+            )
         if not 0 < self.drain_seconds <= 60:
             found.append(f"drain_seconds is {self.drain_seconds}; allowed: above 0, up to 60")
         if self.engines_limit < 1:
@@ -145,6 +172,8 @@ class DaemonConfig:
                 f"{LEASE_MINIMUM_SECONDS} to {LEASE_MAXIMUM_SECONDS}, the minimum not above the "
                 "maximum"
             )
+        found += [f"actuation.{problem}" for problem in self.actuation.problems()]
+        found += [f"telemetry.{problem}" for problem in self.telemetry.problems()]
         found += [f"control.{problem}" for problem in self.control.problems()]
         return found
 

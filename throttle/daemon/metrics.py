@@ -18,6 +18,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from throttle import __version__
+from throttle.daemon.answers import reason_names
 from throttle.errors import ActuationError
 
 if TYPE_CHECKING:
@@ -25,13 +26,18 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry, Metric
 
-    from throttle.actuation.actuator import Actuator, ClockChange
+    from throttle.actuation.actuator import Actuator
+    from throttle.actuation.hand import ClockChange
+    from throttle.daemon.telemetry import Telemetry
     from throttle.v1 import decision_pb2
 
 _HERTZ_PER_MHZ = 1e6
 
 #: From one tenth of a millisecond to half a second, for decisions and writes.
 _DURATION_BUCKETS: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
+
+#: From a few tokens to a long answer on many GPUs.
+_ENERGY_BUCKETS: Final = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 
 
 # a gauge of creation time beside every counter serves nobody who scrapes
@@ -137,6 +143,12 @@ class DaemonMetrics:
             "1 while the last reload was refused and what was before is in force.",
             registry=registry,
         )
+        self.request_energy = Histogram(
+            "throttle_request_energy_joules",
+            "Energy given to a finished request, in proportion to the tokens computed for it.",
+            buckets=_ENERGY_BUCKETS,
+            registry=registry,
+        )
         self.engines = Gauge("throttle_engines_count", "Engines connected.", registry=registry)
         for counter, labels in (  # there from the start: a rate needs a first value
             (self.iterations_dropped, ("overtaken",)),
@@ -185,13 +197,17 @@ class DaemonMetrics:
 
 
 class GpuCollector:
-    """Reads every configured GPU when Prometheus asks."""
+    """What is known of every configured GPU when Prometheus asks."""
 
-    def __init__(self, actuator: Actuator) -> None:
+    def __init__(self, actuator: Actuator, telemetry: Telemetry) -> None:
         self._actuator = actuator
+        self._telemetry = telemetry
 
     def collect(self) -> Iterator[Metric]:
-        """One reading of each GPU; a GPU that cannot be read is left out."""
+        """The newest reading of each GPU; of one that cannot be read, the target and energy only.
+
+        Never waits for a driver.
+        """
         target = GaugeMetricFamily(
             "throttle_target_sm_clock_hertz",
             "SM clock last asked for; 0 means default. DCGM counts in MHz.",
@@ -203,16 +219,52 @@ class GpuCollector:
             labels=["gpu"],
         )
         power = GaugeMetricFamily("throttle_power_watts", "Power drawn.", labels=["gpu"])
-        energy = CounterMetricFamily(
-            "throttle_energy_joules", "Energy counter of the GPU.", labels=["gpu"]
+        temperature = GaugeMetricFamily(
+            "throttle_temperature_celsius", "Temperature of the GPU.", labels=["gpu"]
+        )
+        reason = GaugeMetricFamily(
+            "throttle_clock_event_reason",
+            "1 for every reason why the clock is not higher. No driver says that a lock holds it.",
+            labels=["gpu", "reason"],
+        )
+        readable = GaugeMetricFamily(
+            "throttle_gpu_readable", "Whether there is a fresh reading.", labels=["gpu"]
         )
         for uuid in self._actuator.uuids():
             target.add_metric([uuid], max(0, self._actuator.target_mhz(uuid)) * _HERTZ_PER_MHZ)
             try:
-                reading = self._actuator.read(uuid)
+                reading = self._telemetry.read(uuid)
             except ActuationError:
+                readable.add_metric([uuid], 0.0)
                 continue
+            readable.add_metric([uuid], 1.0)
             clock.add_metric([uuid], reading.clock_mhz * _HERTZ_PER_MHZ)
             power.add_metric([uuid], reading.power_watts)
-            energy.add_metric([uuid], reading.energy_joules)
-        yield from (target, clock, power, energy)
+            if reading.temperature_celsius is not None:
+                temperature.add_metric([uuid], reading.temperature_celsius)
+            for name in reason_names(reading.event_reasons):
+                reason.add_metric([uuid, name], 1.0)
+        yield from (target, clock, power, temperature, reason, readable)
+        yield from self._energies()
+
+    def _energies(self) -> Iterator[Metric]:
+        energy = CounterMetricFamily(
+            "throttle_energy_joules", "Energy drawn since the first reading.", labels=["gpu"]
+        )
+        unattributed = CounterMetricFamily(
+            "throttle_unattributed_energy_joules",
+            "Of that, drawn while no engine was connected.",
+            labels=["gpu"],
+        )
+        engines = CounterMetricFamily(
+            "throttle_engine_energy_joules",
+            "Energy of the GPUs of an engine while it was connected; shared evenly with others.",
+            labels=["engine"],
+        )
+        for uuid in self._actuator.uuids():
+            drawn = self._telemetry.book.gpu(uuid)
+            energy.add_metric([uuid], drawn.counted_joules)
+            unattributed.add_metric([uuid], drawn.unattributed_joules)
+        for engine_id, joules in self._telemetry.book.engines().items():
+            engines.add_metric([engine_id], joules)
+        yield from (energy, unattributed, engines)

@@ -20,8 +20,9 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from throttle import __version__
-from throttle.actuation.actuator import Actuator
-from throttle.actuation.simulated import SimulatedBackend, SimulatedGpuFile
+from throttle.actuation.backends import make_backend
+from throttle.actuation.local import LocalActuator
+from throttle.actuation.remote import RemoteActuator
 from throttle.daemon.access import CallerLookup, read_access_list
 from throttle.daemon.brains import BrainFactory, ControllerFactory
 from throttle.daemon.collectors import EngineCollector, GpuStateCollector
@@ -36,27 +37,35 @@ from throttle.daemon.sessions import RecordingPlan, SessionLimits, Sessions
 from throttle.daemon.sockets import claimed, private_umask, set_group
 from throttle.daemon.status_page import StatusPage
 from throttle.daemon.systemd import ServiceManager
+from throttle.daemon.telemetry import Telemetry
 from throttle.daemon.tracing import make_tracer, no_tracing
 from throttle.daemon.web import serve_http
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import throttle_service_pb2, throttle_service_pb2_grpc
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from pathlib import Path
 
+    from throttle.actuation.actuator import Actuator
+    from throttle.actuation.hand import ClockChange
     from throttle.daemon.config import DaemonConfig
 
 #: Calls besides the engines' streams that may run at once.
 _OTHER_CALLS = 8
-#: How often a session is asked whether its control is stuck, seconds.
+#: How often sessions are asked whether their control is stuck, and leases are renewed, seconds;
+#: renewed at least this often within the actuator's own lease.
 _WATCH_SECONDS: Final = 0.5
+_RENEWALS_PER_LEASE: Final = 4
 #: What stopping may take beyond the drain before the process ends itself, seconds.
 _STOP_MARGIN_SECONDS: Final = 5.0
 
 _SERVICE_NAME = throttle_service_pb2.DESCRIPTOR.services_by_name["ThrottleService"].full_name
-#: The whole process, and the service.
-_HEALTH_NAMES: Final = ("", _SERVICE_NAME)
+#: Readiness: the whole process, and the service.
+_READY_NAMES: Final = ("", _SERVICE_NAME)
+#: Liveness: whatever the GPUs do, a restart is of no use while this answers.
+_LIVE_NAME: Final = "live"
 
 _SERVER_OPTIONS: Final = (
     ("grpc.so_reuseport", 0),  # or a second daemon on the same port would share it silently
@@ -73,6 +82,7 @@ class Daemon:
         *,
         config: DaemonConfig,
         actuator: Actuator,
+        telemetry: Telemetry,
         sessions: Sessions,
         brain_factory: BrainFactory,
         servicer: ThrottleServicer,
@@ -83,6 +93,7 @@ class Daemon:
     ) -> None:
         self.config = config
         self.actuator = actuator
+        self._telemetry = telemetry
         self.sessions = sessions
         self._brain_factory = brain_factory
         self._servicer = servicer
@@ -97,6 +108,8 @@ class Daemon:
         self.reloader: Reloader | None = None
         self._resources = contextlib.ExitStack()
         self._resources.callback(close_backend)
+        self._resources.callback(actuator.close)
+        self._problems: dict[str, str] = {}
         self._server: grpc.Server | None = None
         self.tcp_port = 0
 
@@ -120,6 +133,8 @@ class Daemon:
                 self._resources.enter_context(claimed(self.config.socket))
             # whatever a killed daemon has left behind; only now, as no other daemon runs here
             self.actuator.reset_all()
+            self._telemetry.start()
+            self._resources.callback(self._telemetry.stop)
             if self.config.recordings is not None:
                 require_pyarrow()
             self._warm_up()
@@ -130,11 +145,15 @@ class Daemon:
         except BaseException:
             self._resources.close()
             raise
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
-        for name in _HEALTH_NAMES:
+        for name in (*_READY_NAMES, _LIVE_NAME):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self.status_page.ready = True
         self._service_manager.ready()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        if self.reloader is not None:
+            threading.Thread(
+                target=self._reload_when_due, args=(self.reloader,), name="reload", daemon=True
+            ).start()
         self._log.info(
             "serving",
             version=__version__,
@@ -167,7 +186,7 @@ class Daemon:
         self._resources.callback(callback)
 
     def reload_soon(self) -> None:
-        """Reload as soon as the watching thread comes to it."""
+        """Reload at once, on the thread for it."""
         self._reload_asked.set()
 
     def close(self) -> None:
@@ -214,16 +233,43 @@ class Daemon:
         return server
 
     def _watch(self) -> None:
-        while not self._stopping.wait(_WATCH_SECONDS):
-            self.sessions.release_stuck()
+        lease = self.config.actuation.lease_seconds
+        aside = threading.Thread()
+        while not self._stopping.wait(min(_WATCH_SECONDS, lease / _RENEWALS_PER_LEASE)):
+            try:
+                self.actuator.renew()
+            except ActuationError as error:
+                self._log.debug("not_renewed", error=str(error))  # readiness tells of it
             self._service_manager.alive()
-            if self.reloader is None:
-                continue
-            if self._reload_asked.is_set():
+            self._note_problems(self.actuator.problems())
+            if not aside.is_alive():  # waits for a driver, which must not hold up the renewals
+                aside = threading.Thread(
+                    target=self.sessions.release_stuck, name="release", daemon=True
+                )
+                aside.start()
+
+    def _reload_when_due(self, reloader: Reloader) -> None:
+        """Aside from the watch: reading bundles takes longer than a lease may wait."""
+        while not self._stopping.is_set():
+            if self._reload_asked.wait(_WATCH_SECONDS):
                 self._reload_asked.clear()
-                self.reloader.reload()
+                reloader.reload()
             else:
-                self.reloader.reload_if_changed()
+                reloader.reload_if_changed()
+
+    def _note_problems(self, problems: dict[str, str]) -> None:
+        """Readiness follows the GPUs: down while one cannot be relied on."""
+        if problems == self._problems:
+            return
+        self._problems = problems
+        kind = health_pb2.HealthCheckResponse
+        self.status_page.ready = not problems
+        for name in _READY_NAMES:
+            self._health.set(name, kind.NOT_SERVING if problems else kind.SERVING)
+        if problems:
+            self._log.error("gpus_unhealthy", problems=problems)
+        else:
+            self._log.info("gpus_healthy")
 
     def _reset_all(self) -> bool:
         try:
@@ -238,8 +284,10 @@ def build_server(
     config: DaemonConfig,
     brain_factory: BrainFactory | None = None,
     clock: Callable[[], float] = time.monotonic,
+    *,
     read_config: Callable[[], DaemonConfig] | None = None,
     config_file: Path | None = None,
+    channel: socket.socket | None = None,
 ) -> Daemon:
     """Put a daemon together.
 
@@ -249,30 +297,52 @@ def build_server(
         clock: Monotonic seconds.
         read_config: Reads the configuration again; None never reloads.
         config_file: The configuration's file, which is watched.
+        channel: To the privileged process; None sets clocks in this one, which is for tools on
+            simulated GPUs: nobody resets them if it is killed.
 
     Raises:
         NotFoundError: The backend or a configured GPU is not there.
+        DriverError: The driver cannot be used.
+        ActuatorEndedError: The privileged process did not start; it has said why.
     """
     log = structlog.get_logger()
     access_list = None if config.access is None else read_access_list(config.access)
     identify = CallerLookup(access_list)
-    file = SimulatedGpuFile.open(_simulated_gpus(config))
+    kind = "observe" if channel is not None and config.backend == "nvml" else config.backend
+    backend = make_backend(kind, config.simulated_gpus, clock)
     try:
         registry = CollectorRegistry()
         metrics = DaemonMetrics(registry)
-        backend = SimulatedBackend(file)
         allowed = config.gpus or backend.uuids()
-        actuator = Actuator(backend, allowed, clock, metrics.count_change)
-        registry.register(GpuCollector(actuator))
+        telemetry = Telemetry(
+            backend.read,
+            allowed,
+            clock,
+            config.telemetry,
+            when_asked=config.backend == "simulated",
+            on_request=lambda request: metrics.request_energy.observe(request.energy_joules),
+        )
+
+        def note_change(change: ClockChange) -> None:
+            metrics.count_change(change)
+            telemetry.hurry(change.gpu_uuid)
+
+        actuator: Actuator = (
+            LocalActuator(backend, allowed, clock, note_change)
+            if channel is None
+            else RemoteActuator(channel, backend, allowed, config.actuation, note_change)
+        )
+        registry.register(GpuCollector(actuator, telemetry))
         registry.register(GpuStateCollector(actuator))
     except BaseException:
-        file.close()
+        backend.close()
         raise
     tracer = make_tracer(config.tracing)
     policy = ReplaceableFactory(ControllerFactory(config.bundles, config.control))
     brains = brain_factory if brain_factory is not None else policy
     sessions = Sessions(
         actuator=actuator,
+        telemetry=telemetry,
         brain_factory=brains,
         recording=RecordingPlan(config.recordings, simulated=config.backend == "simulated"),
         limits=SessionLimits(
@@ -288,6 +358,7 @@ def build_server(
     servicer = ThrottleServicer(
         sessions=sessions,
         actuator=actuator,
+        telemetry=telemetry,
         brain_factory=brains,
         identify=identify,
         limits=config.limits,
@@ -298,19 +369,21 @@ def build_server(
     daemon = Daemon(
         config=config,
         actuator=actuator,
+        telemetry=telemetry,
         sessions=sessions,
         brain_factory=brains,
         servicer=servicer,
         gate=CallGate(identify, config.limits, metrics, clock, log),
         status_page=StatusPage(
             actuator=actuator,
+            read=telemetry.read,
             statuses=sessions.statuses,
             metrics=metrics,
             clock=clock,
             simulated=config.backend == "simulated",
         ),
         registry=registry,
-        close_backend=file.close,
+        close_backend=backend.close,
     )
     if tracer is not None:
         daemon.on_stop(tracer.close)
@@ -355,12 +428,6 @@ def serve_until_signal(daemon: Daemon) -> int:
     restored = daemon.stop()
     deadline.cancel()
     return 0 if restored else 1
-
-
-def _simulated_gpus(config: DaemonConfig) -> Path:
-    if config.simulated_gpus is None:
-        raise ValueError("simulated_gpus is empty; check the configuration first")
-    return config.simulated_gpus
 
 
 def _unix_target(path: Path) -> str:

@@ -11,7 +11,7 @@ import grpc
 from predictors.errors import BundleError, PredictorsError
 from throttle import __version__
 from throttle.daemon.access import AuthenticationError, ForbiddenError
-from throttle.daemon.answers import evaluation_message
+from throttle.daemon.answers import evaluation_message, gpu_message
 from throttle.daemon.brains import GpuModel
 from throttle.daemon.gate import RateError, TokenBucket
 from throttle.daemon.mailbox import Arrival
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from throttle.actuation.actuator import Actuator
+    from throttle.actuation.backend import GpuReading
     from throttle.control.state import EngineProfile
     from throttle.daemon.access import CallerLookup, Identity
     from throttle.daemon.brains import BrainFactory
     from throttle.daemon.gate import LimitSettings
     from throttle.daemon.metrics import DaemonMetrics
     from throttle.daemon.sessions import OpenSession, Sessions
+    from throttle.daemon.telemetry import Telemetry
 
 
 #: The first class that fits counts. What is not listed is a bug: INTERNAL.
@@ -64,6 +66,7 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
         *,
         sessions: Sessions,
         actuator: Actuator,
+        telemetry: Telemetry,
         brain_factory: BrainFactory,
         identify: CallerLookup,
         limits: LimitSettings,
@@ -76,6 +79,7 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
         Args:
             sessions: Opens and finds sessions.
             actuator: Knows the GPUs.
+            telemetry: Reads them.
             brain_factory: Makes brains for what-if questions.
             identify: Tells who calls.
             limits: What one caller may ask for.
@@ -85,6 +89,7 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
         """
         self._sessions = sessions
         self._actuator = actuator
+        self._telemetry = telemetry
         self._brain_factory = brain_factory
         self._identify = identify
         self._limits = limits
@@ -228,13 +233,17 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
         )
 
     def _gpu_status(self, uuid: str) -> throttle_service_pb2.GpuStatus:
-        reading = self._actuator.read(uuid)
-        return throttle_service_pb2.GpuStatus(
-            gpu_uuid=uuid,
-            target_clock_mhz=max(0, self._actuator.target_mhz(uuid)),
-            observed_clock_mhz=reading.clock_mhz,
-            power_watts=reading.power_watts,
-            engine_id=self._actuator.owner(uuid),
+        reading: GpuReading | ActuationError
+        try:
+            reading = self._telemetry.read(uuid)
+        except ActuationError as error:
+            reading = error
+        return gpu_message(
+            uuid,
+            self._actuator.target_mhz(uuid),
+            self._actuator.owner(uuid),
+            reading,
+            self._telemetry.book.gpu(uuid),
         )
 
     def _abort(self, context: grpc.ServicerContext, error: BaseException) -> NoReturn:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from throttle.actuation.actuator import DEFAULT_CLOCKS
+from throttle.actuation.leases import DEFAULT_CLOCKS
 from throttle.control.selection import Decision, Reason
 from throttle.control.state import Mode
-from throttle.daemon.answers import decision_message
+from throttle.daemon.answers import decision_message, energy_message
 from throttle.daemon.telemetry import GpuWindow
 from throttle.daemon.tracing import no_tracing
 from throttle.errors import ActuationError, ConflictError
@@ -131,6 +131,7 @@ class Session:
         decision = self._observe_and_decide(arrivals, window)
         duration = self._clock() - started
         decision, applied = self._apply(decision)
+        self._meter.note([arrival.state for arrival in arrivals])
         self._last_state_seconds = self._clock()
         self._last_sequence_number = newest.sequence_number
         self._busy_since_seconds = None
@@ -176,22 +177,23 @@ class Session:
         return held
 
     def close(self) -> None:
-        """Give the GPUs back and finish the recording; a second call does nothing."""
+        """Give the GPUs back and finish the recording; a second call waits for the first."""
         with self._closing:
             if self._closed:
                 return
             self._closed = True
-        self._released = True
-        self._give_back()
-        if self._recording is not None:
-            self._recording.close()
-            self._log.info(
-                "recording_closed",
-                path=str(self._recording.path),
-                rows_count=self._recording.rows_count,
-                dropped_rows_count=self._recording.dropped_rows_count,
-                failure=self._recording.failure,
-            )
+            self._released = True
+            self._give_back()
+            self._meter.close()
+            if self._recording is not None:
+                self._recording.close()
+                self._log.info(
+                    "recording_closed",
+                    path=str(self._recording.path),
+                    rows_count=self._recording.rows_count,
+                    dropped_rows_count=self._recording.dropped_rows_count,
+                    failure=self._recording.failure,
+                )
 
     def status(self) -> throttle_service_pb2.EngineStatus:
         """What an operator sees."""
@@ -211,6 +213,7 @@ class Session:
             last_decision=self._last_decision,
             latency_bias_ratio=engine_brain.brain.latency_bias_ratio if engine_brain else 1.0,
             coverage_ratio=-1.0 if coverage is None else coverage,
+            energy=energy_message(self._meter.energy()),
         )
 
     def _read_gpus(self) -> GpuWindow:
@@ -260,7 +263,8 @@ class Session:
                 self._give_back()
                 return Decision(DEFAULT_CLOCKS, Reason.RELEASED), False
             before = self._applied_clock_mhz
-            self._applied_clock_mhz = lease.set_clock(decision.target_clock_mhz)
+            answer = lease.set_clock(decision.target_clock_mhz, decision.reason.name.lower())
+            self._applied_clock_mhz = answer.clock_mhz
         except ConflictError:  # given back, or taken by another engine meanwhile
             self._applied_clock_mhz = DEFAULT_CLOCKS
             reason = Reason.RELEASED if self._released else Reason.LEASE_EXPIRED
@@ -284,7 +288,7 @@ class Session:
                 self._applied_clock_mhz,
                 decision.reason.name.lower(),
             )
-        return decision, decision.reason is not Reason.FAULT
+        return decision, answer.applied and decision.reason is not Reason.FAULT
 
     def _answer(
         self, decision: Decision, *, applied: bool, duration_seconds: float

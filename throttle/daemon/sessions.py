@@ -12,7 +12,6 @@ from throttle.daemon.brains import GpuModel
 from throttle.daemon.mailbox import Mailbox
 from throttle.daemon.recording import Recording, recording_path, records_metadata
 from throttle.daemon.session import Session
-from throttle.daemon.telemetry import GpuMeter
 from throttle.daemon.tracing import no_tracing
 from throttle.errors import ConflictError, NotFoundError, ThrottleError
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from throttle.daemon.access import Identity
     from throttle.daemon.brains import BrainFactory
     from throttle.daemon.metrics import DaemonMetrics
+    from throttle.daemon.telemetry import Telemetry
     from throttle.daemon.tracing import DecisionTracer
     from throttle.v1 import throttle_service_pb2
 
@@ -78,6 +78,7 @@ class Sessions:
         self,
         *,
         actuator: Actuator,
+        telemetry: Telemetry,
         brain_factory: BrainFactory,
         recording: RecordingPlan,
         limits: SessionLimits,
@@ -91,6 +92,7 @@ class Sessions:
 
         Args:
             actuator: Sets clocks.
+            telemetry: Reads GPUs.
             brain_factory: Makes each engine's brain.
             recording: What is recorded.
             limits: What sessions are bound to.
@@ -101,6 +103,7 @@ class Sessions:
             trace: Told of each decision.
         """
         self._actuator = actuator
+        self._telemetry = telemetry
         self._brain_factory = brain_factory
         self._recording = recording
         self._limits = limits
@@ -229,21 +232,24 @@ class Sessions:
         engine_brain = None
         if profile.mode is not Mode.RECORD:
             engine_brain = self._brain_factory.build(profile, gpu)
-        recording = self._open_recording(profile, gpu, registration_id)
+        meter = self._telemetry.open(profile.engine_id, profile.gpu_uuids)
+        recording = None
         try:
+            recording = self._open_recording(profile, gpu, registration_id)
             session = Session(
                 registration_id=registration_id,
                 profile=profile,
                 engine_brain=engine_brain,
                 actuator=actuator,
-                meter=GpuMeter(actuator.read, profile.gpu_uuids, self._clock),
+                meter=meter,
                 recording=recording,
                 metrics=self._metrics,
                 clock=self._clock,
                 log=log,
                 trace=self._trace,
             )
-        except ThrottleError:
+        except BaseException:
+            meter.close()
             if recording is not None:
                 recording.close()
             raise

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from throttle.actuation.actuator import Actuator
+    from throttle.actuation.backend import GpuReading
     from throttle.daemon.metrics import DaemonMetrics
     from throttle.v1 import throttle_service_pb2
 
@@ -38,6 +39,7 @@ class StatusPage:
         self,
         *,
         actuator: Actuator,
+        read: Callable[[str], GpuReading],
         statuses: Callable[[], Iterable[throttle_service_pb2.EngineStatus]],
         metrics: DaemonMetrics,
         clock: Callable[[], float],
@@ -47,12 +49,14 @@ class StatusPage:
 
         Args:
             actuator: Knows the GPUs.
+            read: Reads one.
             statuses: The engines.
             metrics: Counts, and the last changes.
             clock: Monotonic seconds.
             simulated: Whether the GPUs are simulated, which the page says.
         """
         self._actuator = actuator
+        self._read = read
         self._statuses = statuses
         self._metrics = metrics
         self._clock = clock
@@ -107,7 +111,7 @@ class StatusPage:
     def _gpu(self, uuid: str) -> dict[str, Any]:
         target, owner = self._actuator.target_mhz(uuid), self._actuator.owner(uuid)
         try:
-            reading = self._actuator.read(uuid)
+            reading = self._read(uuid)
         except ActuationError:
             observed = power = None
         else:

@@ -206,6 +206,80 @@ class GetStatusRequest(_message.Message):
 Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
 
 @_typing.final
+class RequestEnergy(_message.Message):
+    """What one finished request was given of the energy of its iterations, in proportion to tokens computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_NUMBER_FIELD_NUMBER: _builtins.int
+    ENERGY_JOULES_FIELD_NUMBER: _builtins.int
+    TOKENS_COUNT_FIELD_NUMBER: _builtins.int
+    request_number: _builtins.int
+    """As the engine calls it."""
+    energy_joules: _builtins.float
+    """Its share, joules."""
+    tokens_count: _builtins.int
+    """Tokens computed for it, of prompt and answer; those computed anew count again."""
+    def __init__(
+        self,
+        *,
+        request_number: _builtins.int = ...,
+        energy_joules: _builtins.float = ...,
+        tokens_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["energy_joules", b"energy_joules", "request_number", b"request_number", "tokens_count", b"tokens_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestEnergy: _TypeAlias = RequestEnergy  # noqa: Y015
+
+@_typing.final
+class EngineEnergy(_message.Message):
+    """What an engine's GPUs drew since it registered, in parts that sum to its share of their counters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_JOULES_FIELD_NUMBER: _builtins.int
+    IDLE_JOULES_FIELD_NUMBER: _builtins.int
+    UNASSIGNED_JOULES_FIELD_NUMBER: _builtins.int
+    PENDING_JOULES_FIELD_NUMBER: _builtins.int
+    REQUESTS_COUNT_FIELD_NUMBER: _builtins.int
+    RECENT_REQUESTS_FIELD_NUMBER: _builtins.int
+    requests_joules: _builtins.float
+    """Given to requests, joules."""
+    idle_joules: _builtins.float
+    """Drawn between iterations, joules."""
+    unassigned_joules: _builtins.float
+    """Drawn by iterations of which the engine did not say which requests they held, joules."""
+    pending_joules: _builtins.float
+    """Drawn and not yet given to any of these, joules."""
+    requests_count: _builtins.int
+    """Requests that ended."""
+    @_builtins.property
+    def recent_requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestEnergy]:
+        """The last of them, up to 32, oldest first."""
+
+    def __init__(
+        self,
+        *,
+        requests_joules: _builtins.float = ...,
+        idle_joules: _builtins.float = ...,
+        unassigned_joules: _builtins.float = ...,
+        pending_joules: _builtins.float = ...,
+        requests_count: _builtins.int = ...,
+        recent_requests: _abc.Iterable[Global___RequestEnergy] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle_joules", b"idle_joules", "pending_joules", b"pending_joules", "recent_requests", b"recent_requests", "requests_count", b"requests_count", "requests_joules", b"requests_joules", "unassigned_joules", b"unassigned_joules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineEnergy: _TypeAlias = EngineEnergy  # noqa: Y015
+
+@_typing.final
 class EngineStatus(_message.Message):
     """One engine as the service sees it."""
 
@@ -223,6 +297,7 @@ class EngineStatus(_message.Message):
     LAST_DECISION_FIELD_NUMBER: _builtins.int
     LATENCY_BIAS_RATIO_FIELD_NUMBER: _builtins.int
     COVERAGE_RATIO_FIELD_NUMBER: _builtins.int
+    ENERGY_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """As registered."""
     registration_id: _builtins.str
@@ -251,6 +326,10 @@ class EngineStatus(_message.Message):
     def last_decision(self) -> _decision_pb2.Decision:
         """The last decision; unset before the first."""
 
+    @_builtins.property
+    def energy(self) -> Global___EngineEnergy:
+        """What its GPUs drew; GPUs that several engines speak for are shared evenly."""
+
     def __init__(
         self,
         *,
@@ -266,10 +345,11 @@ class EngineStatus(_message.Message):
         last_decision: _decision_pb2.Decision | None = ...,
         latency_bias_ratio: _builtins.float = ...,
         coverage_ratio: _builtins.float = ...,
+        energy: Global___EngineEnergy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_decision", b"last_decision"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["energy", b"energy", "last_decision", b"last_decision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "clock_changes_count", b"clock_changes_count", "coverage_ratio", b"coverage_ratio", "decisions_count", b"decisions_count", "engine_id", b"engine_id", "gpu_uuids", b"gpu_uuids", "last_decision", b"last_decision", "latency_bias_ratio", b"latency_bias_ratio", "mode", b"mode", "registration_id", b"registration_id", "state_age_seconds", b"state_age_seconds", "states_count", b"states_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "clock_changes_count", b"clock_changes_count", "coverage_ratio", b"coverage_ratio", "decisions_count", b"decisions_count", "energy", b"energy", "engine_id", b"engine_id", "gpu_uuids", b"gpu_uuids", "last_decision", b"last_decision", "latency_bias_ratio", b"latency_bias_ratio", "mode", b"mode", "registration_id", b"registration_id", "state_age_seconds", b"state_age_seconds", "states_count", b"states_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -286,6 +366,12 @@ class GpuStatus(_message.Message):
     OBSERVED_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
     POWER_WATTS_FIELD_NUMBER: _builtins.int
     ENGINE_ID_FIELD_NUMBER: _builtins.int
+    ENERGY_JOULES_FIELD_NUMBER: _builtins.int
+    UNATTRIBUTED_ENERGY_JOULES_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_CELSIUS_FIELD_NUMBER: _builtins.int
+    CLOCK_EVENT_REASONS_FIELD_NUMBER: _builtins.int
+    POWER_SCOPE_FIELD_NUMBER: _builtins.int
+    READING_PROBLEM_FIELD_NUMBER: _builtins.int
     gpu_uuid: _builtins.str
     """UUID."""
     target_clock_mhz: _builtins.int
@@ -296,6 +382,20 @@ class GpuStatus(_message.Message):
     """Power read, watts."""
     engine_id: _builtins.str
     """Engine that holds it; empty when free."""
+    energy_joules: _builtins.float
+    """Energy drawn since the service's first reading, joules."""
+    unattributed_energy_joules: _builtins.float
+    """Of that, drawn while no engine was connected, joules."""
+    temperature_celsius: _builtins.float
+    """Temperature, degrees Celsius; unset where it is not known."""
+    power_scope: _builtins.str
+    """What the power covers: "gpu", "module" (GPU and CPU of a superchip) or "none"."""
+    reading_problem: _builtins.str
+    """Why there is no fresh reading; empty when there is. Clock, power and what follows are 0 or unset then."""
+    @_builtins.property
+    def clock_event_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why the clock is not higher, in lower case, such as "power_cap"; no driver says that a lock holds it."""
+
     def __init__(
         self,
         *,
@@ -304,12 +404,20 @@ class GpuStatus(_message.Message):
         observed_clock_mhz: _builtins.int = ...,
         power_watts: _builtins.float = ...,
         engine_id: _builtins.str = ...,
+        energy_joules: _builtins.float = ...,
+        unattributed_energy_joules: _builtins.float = ...,
+        temperature_celsius: _builtins.float | None = ...,
+        clock_event_reasons: _abc.Iterable[_builtins.str] | None = ...,
+        power_scope: _builtins.str = ...,
+        reading_problem: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature_celsius", b"_temperature_celsius", "temperature_celsius", b"temperature_celsius"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "gpu_uuid", b"gpu_uuid", "observed_clock_mhz", b"observed_clock_mhz", "power_watts", b"power_watts", "target_clock_mhz", b"target_clock_mhz"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature_celsius", b"_temperature_celsius", "clock_event_reasons", b"clock_event_reasons", "energy_joules", b"energy_joules", "engine_id", b"engine_id", "gpu_uuid", b"gpu_uuid", "observed_clock_mhz", b"observed_clock_mhz", "power_scope", b"power_scope", "power_watts", b"power_watts", "reading_problem", b"reading_problem", "target_clock_mhz", b"target_clock_mhz", "temperature_celsius", b"temperature_celsius", "unattributed_energy_joules", b"unattributed_energy_joules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__temperature_celsius: _TypeAlias = _typing.Literal["temperature_celsius"]  # noqa: Y015
+    _WhichOneofArgType__temperature_celsius: _TypeAlias = _typing.Literal["_temperature_celsius", b"_temperature_celsius"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_celsius) -> _WhichOneofReturnType__temperature_celsius | None: ...
 
 Global___GpuStatus: _TypeAlias = GpuStatus  # noqa: Y015
 

@@ -7,8 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from throttle.actuation.actuator import UNKNOWN_CLOCKS, Actuator
 from throttle.actuation.backend import GpuReading
+from throttle.actuation.leases import UNKNOWN_CLOCKS
+from throttle.actuation.local import LocalActuator
 from throttle.errors import ActuationError, ConflictError, NotFoundError
 
 CLOCKS = (300, 600, 900, 1200)
@@ -28,6 +29,9 @@ class MemoryBackend:
 
     def name(self, uuid):
         return "memory"
+
+    def refusal(self, uuid):
+        return ""
 
     def supported_clocks_mhz(self, uuid):
         return CLOCKS
@@ -61,12 +65,12 @@ def changes():
 @pytest.fixture
 def actuator(backend, changes):
     ticks = iter(range(10_000))
-    return Actuator(backend, GPUS, lambda: next(ticks), changes.append)
+    return LocalActuator(backend, GPUS, lambda: next(ticks), changes.append)
 
 
 def test_a_lease_sets_all_its_gpus_and_gives_them_back_at_default_clocks(actuator, backend):
     lease = actuator.acquire("engine", GPUS[:2])
-    assert lease.set_clock(900) == 900
+    assert lease.set_clock(900).clock_mhz == 900
     assert backend.locks == {"GPU-a": 900, "GPU-b": 900, "GPU-c": 0}
     assert actuator.owner("GPU-a") == "engine"
     lease.release()
@@ -83,7 +87,7 @@ def test_acquiring_takes_all_or_none_and_names_the_holder(actuator, backend):
 
 
 def test_a_gpu_outside_the_allow_list_is_never_written(backend):
-    actuator = Actuator(backend, ["GPU-a"])
+    actuator = LocalActuator(backend, ["GPU-a"])
     with pytest.raises(NotFoundError, match="'GPU-b' is not among the configured ones: GPU-a"):
         actuator.acquire("engine", ["GPU-a", "GPU-b"])
     actuator.reset_all()
@@ -92,7 +96,7 @@ def test_a_gpu_outside_the_allow_list_is_never_written(backend):
 
 def test_an_allowed_gpu_must_exist(backend):
     with pytest.raises(NotFoundError, match="'GPU-x' is not on this machine"):
-        Actuator(backend, ["GPU-x"])
+        LocalActuator(backend, ["GPU-x"])
 
 
 @pytest.mark.parametrize(
@@ -100,7 +104,7 @@ def test_an_allowed_gpu_must_exist(backend):
 )
 def test_clocks_snap_down_to_a_supported_one(actuator, backend, asked, applied):
     lease = actuator.acquire("engine", ["GPU-a"])
-    assert lease.set_clock(asked) == applied
+    assert lease.set_clock(asked).clock_mhz == applied
     assert backend.locks["GPU-a"] == applied
 
 
@@ -156,7 +160,9 @@ def test_a_write_that_waits_while_its_lease_is_released_comes_too_late(actuator,
 
     def write_late():
         try:
-            actuator._set(lease, 300)  # past the check of the lease itself, as a racing thread
+            actuator.set_clock(
+                lease._grant, 300, ""
+            )  # past the lease's own check, as a racing thread
         except ConflictError as error:
             refused.append(error)
 
@@ -225,7 +231,7 @@ class Leasing(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.backend = MemoryBackend()
-        self.actuator = Actuator(self.backend, GPUS)
+        self.actuator = LocalActuator(self.backend, GPUS)
         self.actuator.reset_all()
         self.held = {}
 
@@ -252,7 +258,7 @@ class Leasing(RuleBasedStateMachine):
         in_force = lease in self.held.values()
         before = dict(self.backend.locks)
         try:
-            applied = lease.set_clock(clock)
+            applied = lease.set_clock(clock).clock_mhz
         except ConflictError:
             assert not in_force
             assert self.backend.locks == before

@@ -86,7 +86,7 @@ def test_monitoring_selects_the_pods_and_their_port():
 def test_the_daemon_has_the_one_capability_that_it_needs_and_a_read_only_root(name):
     context = daemon_of(name)["securityContext"]
     assert context["capabilities"]["drop"] == ["ALL"]
-    assert set(context["capabilities"]["add"]) <= {"SYS_ADMIN", "CHOWN"}
+    assert context["capabilities"]["add"] == ["SYS_ADMIN"]
     assert context["privileged"] is False
     assert context["readOnlyRootFilesystem"] is True
     pod = PODS[name]

@@ -4,7 +4,7 @@ BIN := .venv/bin
 SHELL := /bin/bash
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-slow test-safety test-gpu lint types check format proto proto-environment lock models results clean
+.PHONY: help demo test test-slow test-safety test-container test-soak test-threats test-gpu metrics-page audit sbom screenshots lint types check format proto proto-environment lock models results clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,10 +32,19 @@ demo: .stamp-run  ## ten minutes of a real trace on one simulated GPU, at maximu
 	$(BIN)/throttle demo --out out/demo
 
 test: .stamp-dev .stamp-proto  ## unit, property and integration tests
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not container"
 
 test-slow: .stamp-dev  ## the tests that take long
 	$(BIN)/pytest -m slow
+
+test-container: .stamp-dev  ## build the image without a Docker engine, run it, print its size (root, buildah, debootstrap)
+	$(BIN)/pytest -m container -rs -s --timeout 3600 tests/container
+
+test-soak: .stamp-dev  ## 32 simulated engines that connect, crash and return, for SOAK_MINUTES (30)
+	$(BIN)/python scripts/soak.py --minutes $${SOAK_MINUTES:-30} --out out/soak
+
+test-threats: .stamp-dev  ## remove each defence of docs/security.md in a copy; its test must fail
+	$(BIN)/python scripts/check_threats.py
 
 test-gpu: .stamp-dev  ## what is read of a GPU: a real one where there is one, and the fakes; sets nothing
 	$(BIN)/pytest tests/gpu
@@ -60,6 +69,24 @@ proto-environment: .stamp-proto  ## the locked stub generator, in an environment
 
 proto: .stamp-proto  ## write the stubs in throttle/v1 from proto/
 	.venv-proto/bin/python scripts/generate_protos.py
+
+metrics-page: .stamp-dev  ## write docs/metrics.md from the metrics
+	$(BIN)/python scripts/metrics_page.py
+
+.stamp-audit: requirements/audit.lock
+	@$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/audit.lock
+	@touch $@
+
+audit: .stamp-audit  ## ask the advisory database about everything that is installed
+	for lock in image run dev; do .venv-audit/bin/pip-audit --strict --disable-pip --no-deps --require-hashes -r requirements/$$lock.lock || exit 1; done
+
+sbom: .stamp-audit  ## what the image installs, as a CycloneDX bill of materials in out/sbom.json
+	@mkdir -p out
+	.venv-audit/bin/cyclonedx-py requirements requirements/image.lock --pyproject pyproject.toml --output-reproducible --output-format JSON --output-file out/sbom.json
+
+screenshots: .stamp-run  ## take the pictures of docs/images from running programs (chromium, prometheus)
+	$(BIN)/python scripts/screenshots.py
 
 lock:  ## resolve and hash the dependencies anew (needs uv)
 	scripts/lock.sh --upgrade

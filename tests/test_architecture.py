@@ -133,3 +133,14 @@ assert "grpc" in loaded
 assert not {"numpy", "pandas", "xgboost", "structlog", "pynvml"} & loaded
 """
     subprocess.run([sys.executable, "-I", "-c", code], check=True)
+
+
+def test_the_daemon_starts_without_pandas_and_the_training_half():
+    code = """
+import sys
+import throttle.daemon.server
+
+loaded = {name.split(".")[0] for name in sys.modules}
+assert not {"pandas", "pyarrow", "matplotlib", "xgboost", "pynvml"} & loaded, loaded
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

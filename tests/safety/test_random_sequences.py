@@ -37,10 +37,11 @@ EXAMPLES = 10_000 if os.environ.get("TEST_SAFETY") else 100
 #: Mostly none.
 CRASHES = st.sampled_from(
     [
-        "", "", "", "", "before_intent", "after_intent", "before_set", "after_set", "before_mark",
-        "before_reset", "after_reset", "before_clear",
+        *("", "", "", ""),
+        *("before_intent", "after_intent", "before_set", "after_set", "before_mark"),
+        *("before_reset", "after_reset", "before_clear"),
     ]
-)  # fmt: skip
+)
 
 
 class CrashError(BaseException):

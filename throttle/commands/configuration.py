@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from throttle.daemon.config import VARIABLE_PREFIX, DaemonConfig, load_config
+from throttle.daemon.config import FILE_VARIABLE, VARIABLE_PREFIX, DaemonConfig, load_config
 from throttle.daemon.layers import Setting, settings_of
 
 if TYPE_CHECKING:
@@ -49,6 +49,12 @@ def read_configuration(arguments: argparse.Namespace) -> DaemonConfig:
         if name.startswith(_FLAG_PREFIX) and value is not None
     }
     return load_config(flags, os.environ, arguments.config)
+
+
+def configuration_file(arguments: argparse.Namespace) -> Path | None:
+    """The file that is read, if any."""
+    named = arguments.config or os.environ.get(FILE_VARIABLE)
+    return Path(named) if named else None
 
 
 def shown(value: object) -> str:

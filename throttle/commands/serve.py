@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Final
 
 from throttle.actuation.process import Orders
 from throttle.actuation.supervisor import ACTUATOR_COMMAND, Supervisor
-from throttle.commands.configuration import add_configuration, read_configuration
+from throttle.commands.configuration import (
+    add_configuration,
+    configuration_file,
+    read_configuration,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -53,7 +57,13 @@ def run(arguments: argparse.Namespace, actuator_command: Sequence[str] = ACTUATO
 
     configure_logs(config.log_level, config.log_format)
     try:
-        return serve_until_signal(build_server(config, channel=channel))
+        daemon = build_server(
+            config,
+            read_config=lambda: read_configuration(arguments),
+            config_file=configuration_file(arguments),
+            channel=channel,
+        )
+        return serve_until_signal(daemon)
     except ActuatorEndedError:
         return 1  # it has said why
 

@@ -169,7 +169,12 @@ class ControllerFactory:
         with self._lock:
             known = self._predictors.get((path, engine))
             if known is None or known[0] != written:
-                known = (written, load_predictor(path, engine))
+                try:
+                    known = (written, load_predictor(path, engine))
+                except BundleError:
+                    if known is None:
+                        raise
+                    known = (written, known[1])  # damaged since: what is in memory serves on
                 self._predictors[path, engine] = known
             return known[1]
 

@@ -14,6 +14,8 @@ from throttle.actuation.backends import BackendKind  # noqa: TC001 - as above
 from throttle.actuation.settings import STATE_DIRECTORY, ActuationSettings
 from throttle.control.settings import ControlSettings
 from throttle.daemon.breaker import BreakerSettings
+from throttle.daemon.credentials import TlsSettings
+from throttle.daemon.gate import LimitSettings
 from throttle.daemon.layers import (
     ConfigurationError,
     build,
@@ -24,6 +26,7 @@ from throttle.daemon.layers import (
 from throttle.daemon.logs import LogFormat, LogLevel  # noqa: TC001 - as above
 from throttle.daemon.messages import LEASE_MAXIMUM_SECONDS, LEASE_MINIMUM_SECONDS
 from throttle.daemon.telemetry import TelemetrySettings
+from throttle.daemon.tracing import TracingSettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,6 +41,7 @@ _SERVICE_LINK: Final = re.compile(
     r"THROTTLE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
 )
 
+_SOCKET_MODE = re.compile(r"0?[0-7][0-7]0")
 _PORT_MAXIMUM = 65_535
 _SOCKET_PATH_BYTES = 107  # sun_path of Linux, less its end
 
@@ -62,7 +66,12 @@ class DaemonConfig:
     Attributes:
         socket: Unix socket to listen on; empty for none.
         tcp_address: HOST:PORT to listen on as well; empty for none.
-        tcp_allow_remote: Allow a tcp_address that other machines can reach; it is not encrypted.
+        tcp_allow_remote: Allow a tcp_address that other machines can reach although it is not
+            encrypted or does not ask who calls.
+        socket_mode: Mode of the socket, octal; nothing for others.
+        socket_group: Group of the socket, by name or number; empty for the daemon's own.
+        access: Access list: who may call, by token or certificate, and for which GPUs. Empty lets
+            whoever reaches the socket or the port speak for every configured GPU.
         gpus: UUIDs of the GPUs that may be throttled; no other is ever written. Empty means every
             GPU of a simulated backend; real ones must be named.
         backend: Driver of the GPUs: nvml sets and reads NVIDIA GPUs, observe reads them only,
@@ -76,6 +85,9 @@ class DaemonConfig:
         drain_seconds: Longest time for calls to end after SIGTERM; clocks are restored before.
         engines_limit: Most engines at once.
         lease: How long a silent engine may hold its GPUs.
+        limits: What one caller may ask for.
+        tls: How TCP is encrypted.
+        tracing: Which decisions are traced.
         actuation: How clocks are set.
         breaker: When throttling an engine is given up for a while.
         telemetry: How GPUs are read.
@@ -85,6 +97,9 @@ class DaemonConfig:
     socket: Path | None = Path("/run/throttle/throttle.sock")
     tcp_address: str = ""
     tcp_allow_remote: bool = False
+    socket_mode: str = "0660"
+    socket_group: str = ""
+    access: Path | None = None
     gpus: tuple[str, ...] = ()
     backend: BackendKind = "simulated"
     simulated_gpus: Path | None = None
@@ -96,6 +111,9 @@ class DaemonConfig:
     drain_seconds: float = 5.0
     engines_limit: int = 32
     lease: LeaseSettings = field(default_factory=LeaseSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    tls: TlsSettings = field(default_factory=TlsSettings)
+    tracing: TracingSettings = field(default_factory=TracingSettings)
     actuation: ActuationSettings = field(default_factory=ActuationSettings)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
@@ -125,7 +143,15 @@ class DaemonConfig:
                 f"socket is {str(self.socket)!r}; allowed: a path of up to {_SOCKET_PATH_BYTES} "
                 "bytes"
             )
+        if not _SOCKET_MODE.fullmatch(self.socket_mode):
+            found.append(
+                f"socket_mode is {self.socket_mode!r}; allowed: octal, for owner and group alone, "
+                "such as 0660 or 0600"
+            )
         found += self._address_problems()
+        found += self.tls.problems()
+        found += [f"tracing.{problem}" for problem in self.tracing.problems()]
+        found += [f"limits.{problem}" for problem in self.limits.problems()]
         if len(set(self.gpus)) != len(self.gpus):
             found.append(f"gpus is {list(self.gpus)}; allowed: UUIDs, each once")
         if self.backend == "simulated" and self.simulated_gpus is None:
@@ -170,12 +196,20 @@ class DaemonConfig:
                     f"{name} is {address!r}; allowed: HOST:PORT with a port from 0 to 65535"
                 )
                 continue
-            if name == "tcp_address" and not (_is_loopback(host) or self.tcp_allow_remote):
+            if name == "tcp_address" and not (
+                _is_loopback(host) or self._remote_is_safe() or self.tcp_allow_remote
+            ):
                 found.append(
                     f"tcp_address is {address!r}; allowed: a loopback address such as "
-                    "127.0.0.1:7077, or set tcp_allow_remote"
+                    "127.0.0.1:7077, or with tls.certificate and tls.key, and tls.client_ca or "
+                    "access; or set tcp_allow_remote"
                 )
         return found
+
+    def _remote_is_safe(self) -> bool:
+        """Whether TCP is encrypted and asks who calls."""
+        asks = self.tls.client_ca is not None or self.access is not None
+        return self.tls.certificate is not None and asks
 
 
 def load_config(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import structlog
 
+from throttle.daemon.credentials import redact
+
 if TYPE_CHECKING:
     from typing import TextIO
 
@@ -30,10 +32,19 @@ def configure_logs(level: LogLevel, format_name: LogFormat, stream: TextIO | Non
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    # tracebacks become text or data first: what an error says is redacted like all else
     if console:
-        processors.append(structlog.dev.ConsoleRenderer(colors=output.isatty()))
+        processors += [
+            structlog.processors.format_exc_info,
+            redact,
+            structlog.dev.ConsoleRenderer(colors=output.isatty()),
+        ]
     else:
-        processors += [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        processors += [
+            structlog.processors.dict_tracebacks,
+            redact,
+            structlog.processors.JSONRenderer(),
+        ]
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import Counter, Gauge, Histogram, Info
+from prometheus_client import (
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.exposition import start_http_server
 
 from throttle import __version__
 from throttle.daemon.answers import reason_names
-from throttle.errors import ActuationError, ConflictError
+from throttle.errors import ActuationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,11 +40,42 @@ _DURATION_BUCKETS: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2
 _ENERGY_BUCKETS: Final = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 
 
+# a gauge of creation time beside every counter serves nobody who scrapes
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+#: Clock changes remembered for the status page.
+_CHANGES_COUNT: Final = 30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChange:
+    """An engine's clock changed.
+
+    Attributes:
+        unix_seconds: When.
+        engine_id: The engine.
+        from_mhz: Clock before; 0 for default clocks.
+        to_mhz: Clock now; 0 for default clocks.
+        reason: Why, in lower case.
+    """
+
+    unix_seconds: float
+    engine_id: str
+    from_mhz: int
+    to_mhz: int
+    reason: str
+
+
 class DaemonMetrics:
     """The daemon's metrics, in a registry of their own."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, wall_clock: Callable[[], float] = time.time
+    ) -> None:
         self.registry = registry
+        self.reload_problem = ""  # why the last reload was refused
+        self._wall_clock = wall_clock
+        self._changes: deque[EngineChange] = deque(maxlen=_CHANGES_COUNT)
         self.iterations_received = Counter(
             "throttle_iterations_received_total", "States received.", registry=registry
         )
@@ -71,6 +111,13 @@ class DaemonMetrics:
             "Times that throttling an engine was given up for a while: its requests missed limits.",
             registry=registry,
         )
+        self.predicted_energy = Counter(
+            "throttle_predicted_energy_joules_total",
+            "Energy that iterations were predicted to take, at the clocks decided on and at "
+            "default clocks; what GPUs draw between iterations is left out.",
+            ["clocks"],
+            registry=registry,
+        )
         self.faults = Counter(
             "throttle_faults_total",
             "Decisions that failed and became default clocks.",
@@ -81,8 +128,25 @@ class DaemonMetrics:
             "Leases that ended because an engine was silent.",
             registry=registry,
         )
+        self.calls_refused = Counter(
+            "throttle_calls_refused_total",
+            "Calls refused before they were looked at.",
+            ["reason"],
+            registry=registry,
+        )
         self.registrations = Counter(
             "throttle_registrations_total", "Registrations.", ["outcome"], registry=registry
+        )
+        self.reloads = Counter(
+            "throttle_reloads_total",
+            "Reloads of configuration, access list and bundles; a refused one keeps what was.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.reload_refused = Gauge(
+            "throttle_reload_refused",
+            "1 while the last reload was refused and what was before is in force.",
+            registry=registry,
         )
         self.request_energy = Histogram(
             "throttle_request_energy_joules",
@@ -91,6 +155,15 @@ class DaemonMetrics:
             registry=registry,
         )
         self.engines = Gauge("throttle_engines_count", "Engines connected.", registry=registry)
+        for counter, labels in (  # there from the start: a rate needs a first value
+            (self.iterations_dropped, ("overtaken",)),
+            (self.calls_refused, ("unauthenticated", "rate")),
+            (self.registrations, ("accepted", "refused")),
+            (self.reloads, ("applied", "refused")),
+        ):
+            for label in labels:
+                counter.labels(label)
+        ProcessCollector(registry=registry)
         Info("throttle_build", "Version of the service.", registry=registry).info(
             {"version": __version__}
         )
@@ -105,6 +178,22 @@ class DaemonMetrics:
         """
         self.decisions.labels(outcome, reason).inc()
         self.decision_duration.observe(decision.decision_duration_seconds)
+        if decision.predicted_default_iteration_seconds > 0:
+            self.predicted_energy.labels("decided").inc(
+                decision.predicted_power_watts * decision.predicted_iteration_seconds
+            )
+            self.predicted_energy.labels("default").inc(
+                decision.predicted_default_power_watts
+                * decision.predicted_default_iteration_seconds
+            )
+
+    def note_change(self, engine_id: str, from_mhz: int, to_mhz: int, reason: str) -> None:
+        """Remember that an engine's clock changed."""
+        self._changes.append(EngineChange(self._wall_clock(), engine_id, from_mhz, to_mhz, reason))
+
+    def recent_changes(self) -> list[EngineChange]:
+        """The last changes, newest first."""
+        return list(self._changes)[::-1]
 
     def count_change(self, change: ClockChange) -> None:
         """Count one write that changed a GPU's target."""
@@ -184,27 +273,3 @@ class GpuCollector:
         for engine_id, joules in self._telemetry.book.engines().items():
             engines.add_metric([engine_id], joules)
         yield from (energy, unattributed, engines)
-
-
-def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> Callable[[], None]:
-    """Answer Prometheus over HTTP.
-
-    Returns:
-        What stops it.
-
-    Raises:
-        ConflictError: The address cannot be had.
-    """
-    try:
-        server, thread = start_http_server(port, addr=host, registry=registry)
-    except OSError as error:
-        raise ConflictError(
-            f"metrics_address {host}:{port} cannot be had: {error.strerror}; choose another"
-        ) from None
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    return stop

@@ -23,14 +23,23 @@ from throttle import __version__
 from throttle.actuation.backends import make_backend
 from throttle.actuation.local import LocalActuator
 from throttle.actuation.remote import RemoteActuator
+from throttle.daemon.access import CallerLookup, read_access_list
 from throttle.daemon.brains import BrainFactory, ControllerFactory
+from throttle.daemon.collectors import EngineCollector, GpuStateCollector
 from throttle.daemon.config import split_address
-from throttle.daemon.metrics import DaemonMetrics, GpuCollector, serve_metrics
+from throttle.daemon.credentials import tls_credentials
+from throttle.daemon.gate import CallGate
+from throttle.daemon.metrics import DaemonMetrics, GpuCollector
 from throttle.daemon.recording import require_pyarrow
+from throttle.daemon.reload import Reloader, ReplaceableFactory
 from throttle.daemon.service import ThrottleServicer
 from throttle.daemon.sessions import RecordingPlan, SessionLimits, Sessions
-from throttle.daemon.sockets import claimed, private_umask
+from throttle.daemon.sockets import claimed, private_umask, set_group
+from throttle.daemon.status_page import StatusPage
+from throttle.daemon.systemd import ServiceManager
 from throttle.daemon.telemetry import Telemetry
+from throttle.daemon.tracing import make_tracer, no_tracing
+from throttle.daemon.web import serve_http
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import throttle_service_pb2, throttle_service_pb2_grpc
 
@@ -60,7 +69,6 @@ _LIVE_NAME: Final = "live"
 
 _SERVER_OPTIONS: Final = (
     ("grpc.so_reuseport", 0),  # or a second daemon on the same port would share it silently
-    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # the client's pace
     ("grpc.keepalive_permit_without_calls", 1),
 )
@@ -78,6 +86,8 @@ class Daemon:
         sessions: Sessions,
         brain_factory: BrainFactory,
         servicer: ThrottleServicer,
+        gate: CallGate,
+        status_page: StatusPage,
         registry: CollectorRegistry,
         close_backend: Callable[[], None],
     ) -> None:
@@ -87,10 +97,15 @@ class Daemon:
         self.sessions = sessions
         self._brain_factory = brain_factory
         self._servicer = servicer
-        self._registry = registry
+        self._gate = gate
+        self.status_page = status_page
+        self.registry = registry
         self._health = health.HealthServicer()
         self._log = structlog.get_logger()
         self._stopping = threading.Event()
+        self._service_manager = ServiceManager(os.environ, time.monotonic)
+        self._reload_asked = threading.Event()
+        self.reloader: Reloader | None = None
         self._resources = contextlib.ExitStack()
         self._resources.callback(close_backend)
         self._resources.callback(actuator.close)
@@ -125,14 +140,20 @@ class Daemon:
             self._warm_up()
             if self.config.metrics_address:
                 address = split_address(self.config.metrics_address)
-                self._resources.callback(serve_metrics(self._registry, *address))
+                self._resources.callback(serve_http(self.status_page.pages(), *address))
             self._server = self._listen()
         except BaseException:
             self._resources.close()
             raise
         for name in (*_READY_NAMES, _LIVE_NAME):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self.status_page.ready = True
+        self._service_manager.ready()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        if self.reloader is not None:
+            threading.Thread(
+                target=self._reload_when_due, args=(self.reloader,), name="reload", daemon=True
+            ).start()
         self._log.info(
             "serving",
             version=__version__,
@@ -149,6 +170,8 @@ class Daemon:
         """
         self._log.info("stopping")
         self._health.enter_graceful_shutdown()
+        self.status_page.ready = False
+        self._service_manager.stopping()
         self._stopping.set()
         self.sessions.drain()
         restored = self._reset_all()
@@ -157,6 +180,18 @@ class Daemon:
         self._resources.close()
         self._log.info("stopped", clocks_restored=restored)
         return restored
+
+    def on_stop(self, callback: Callable[[], None]) -> None:
+        """Have something freed when the daemon stops."""
+        self._resources.callback(callback)
+
+    def reload_soon(self) -> None:
+        """Reload at once, on the thread for it."""
+        self._reload_asked.set()
+
+    def close(self) -> None:
+        """Free what a daemon holds that was never started."""
+        self._resources.close()
 
     def _warm_up(self) -> None:
         found = False
@@ -173,7 +208,11 @@ class Daemon:
         calls = self.config.engines_limit + _OTHER_CALLS
         server = grpc.server(
             ThreadPoolExecutor(calls, thread_name_prefix="call"),
-            options=_SERVER_OPTIONS,
+            interceptors=[self._gate],
+            options=(
+                *_SERVER_OPTIONS,
+                ("grpc.max_receive_message_length", self.config.limits.message_bytes),
+            ),
             maximum_concurrent_rpcs=calls,
         )
         throttle_service_pb2_grpc.add_ThrottleServiceServicer_to_server(self._servicer, server)
@@ -182,10 +221,14 @@ class Daemon:
             (_SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
         if self.config.socket is not None:
-            with private_umask():
+            with private_umask(int(self.config.socket_mode, 8)):
                 _bind(server, _unix_target(self.config.socket), "socket")
+            if self.config.socket_group:
+                set_group(self.config.socket, self.config.socket_group)
         if self.config.tcp_address:
-            self.tcp_port = _bind(server, self.config.tcp_address, "tcp_address")
+            tls = self.config.tls
+            credentials = None if tls.certificate is None else tls_credentials(tls)
+            self.tcp_port = _bind(server, self.config.tcp_address, "tcp_address", credentials)
         server.start()
         return server
 
@@ -197,6 +240,7 @@ class Daemon:
                 self.actuator.renew()
             except ActuationError as error:
                 self._log.debug("not_renewed", error=str(error))  # readiness tells of it
+            self._service_manager.alive()
             self._note_problems(self.actuator.problems())
             if not aside.is_alive():  # waits for a driver, which must not hold up the renewals
                 aside = threading.Thread(
@@ -204,12 +248,22 @@ class Daemon:
                 )
                 aside.start()
 
+    def _reload_when_due(self, reloader: Reloader) -> None:
+        """Aside from the watch: reading bundles takes longer than a lease may wait."""
+        while not self._stopping.is_set():
+            if self._reload_asked.wait(_WATCH_SECONDS):
+                self._reload_asked.clear()
+                reloader.reload()
+            else:
+                reloader.reload_if_changed()
+
     def _note_problems(self, problems: dict[str, str]) -> None:
         """Readiness follows the GPUs: down while one cannot be relied on."""
         if problems == self._problems:
             return
         self._problems = problems
         kind = health_pb2.HealthCheckResponse
+        self.status_page.ready = not problems
         for name in _READY_NAMES:
             self._health.set(name, kind.NOT_SERVING if problems else kind.SERVING)
         if problems:
@@ -230,6 +284,9 @@ def build_server(
     config: DaemonConfig,
     brain_factory: BrainFactory | None = None,
     clock: Callable[[], float] = time.monotonic,
+    *,
+    read_config: Callable[[], DaemonConfig] | None = None,
+    config_file: Path | None = None,
     channel: socket.socket | None = None,
 ) -> Daemon:
     """Put a daemon together.
@@ -238,6 +295,8 @@ def build_server(
         config: A configuration without problems.
         brain_factory: Makes each engine's brain; None controls by the configured bundles.
         clock: Monotonic seconds.
+        read_config: Reads the configuration again; None never reloads.
+        config_file: The configuration's file, which is watched.
         channel: To the privileged process; None sets clocks in this one, which is for tools on
             simulated GPUs: nobody resets them if it is killed.
 
@@ -247,6 +306,8 @@ def build_server(
         ActuatorEndedError: The privileged process did not start; it has said why.
     """
     log = structlog.get_logger()
+    access_list = None if config.access is None else read_access_list(config.access)
+    identify = CallerLookup(access_list)
     kind = "observe" if channel is not None and config.backend == "nvml" else config.backend
     backend = make_backend(kind, config.simulated_gpus, clock)
     try:
@@ -272,14 +333,13 @@ def build_server(
             else RemoteActuator(channel, backend, allowed, config.actuation, note_change)
         )
         registry.register(GpuCollector(actuator, telemetry))
+        registry.register(GpuStateCollector(actuator))
     except BaseException:
         backend.close()
         raise
-    brains = (
-        brain_factory
-        if brain_factory is not None
-        else ControllerFactory(config.bundles, config.control)
-    )
+    tracer = make_tracer(config.tracing)
+    policy = ReplaceableFactory(ControllerFactory(config.bundles, config.control))
+    brains = brain_factory if brain_factory is not None else policy
     sessions = Sessions(
         actuator=actuator,
         telemetry=telemetry,
@@ -294,26 +354,53 @@ def build_server(
         clock=clock,
         new_registration_id=_new_registration_id,
         log=log,
+        trace=tracer or no_tracing,
     )
+    registry.register(EngineCollector(sessions.statuses))
     servicer = ThrottleServicer(
         sessions=sessions,
         actuator=actuator,
         telemetry=telemetry,
         brain_factory=brains,
+        identify=identify,
+        limits=config.limits,
         metrics=metrics,
         clock=clock,
         log=log,
     )
-    return Daemon(
+    daemon = Daemon(
         config=config,
         actuator=actuator,
         telemetry=telemetry,
         sessions=sessions,
         brain_factory=brains,
         servicer=servicer,
+        gate=CallGate(identify, config.limits, metrics, clock, log),
+        status_page=StatusPage(
+            actuator=actuator,
+            read=telemetry.read,
+            statuses=sessions.statuses,
+            metrics=metrics,
+            clock=clock,
+            simulated=config.backend == "simulated",
+        ),
         registry=registry,
         close_backend=backend.close,
     )
+    if tracer is not None:
+        daemon.on_stop(tracer.close)
+    if read_config is not None and brain_factory is None:
+        daemon.reloader = Reloader(
+            config=config,
+            read_config=read_config,
+            config_file=config_file,
+            factory=policy,
+            identify=identify,
+            sessions=sessions,
+            metrics=metrics,
+            log=log,
+        )
+    return daemon
 
 
 def serve_until_signal(daemon: Daemon) -> int:
@@ -325,14 +412,16 @@ def serve_until_signal(daemon: Daemon) -> int:
     Raises:
         ThrottleError: As `Daemon.start`.
     """
-    signals = {signal.SIGTERM, signal.SIGINT}
+    ending = {signal.SIGTERM, signal.SIGINT}
+    signals = ending | {signal.SIGHUP}
     # Blocked in every thread and waited for here: a handler could run in the middle of a lock.
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     daemon.start()
     # A full collection takes up to 75 ms with XGBoost's objects; they stay, so they are set aside.
     gc.collect()
     gc.freeze()
-    signal.sigwait(signals)
+    while signal.sigwait(signals) not in ending:
+        daemon.reload_soon()
     deadline = threading.Timer(
         daemon.config.drain_seconds + _STOP_MARGIN_SECONDS, os._exit, args=(1,)
     )
@@ -347,8 +436,15 @@ def _unix_target(path: Path) -> str:
     return f"unix:{path.absolute()}"
 
 
-def _bind(server: grpc.Server, address: str, name: str) -> int:
+def _bind(
+    server: grpc.Server,
+    address: str,
+    name: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> int:
     try:
+        if credentials is not None:
+            return server.add_secure_port(address, credentials)
         return server.add_insecure_port(address)
     except RuntimeError:
         raise ConflictError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -9,8 +10,10 @@ import grpc
 
 from predictors.errors import BundleError, PredictorsError
 from throttle import __version__
+from throttle.daemon.access import AuthenticationError, ForbiddenError
 from throttle.daemon.answers import evaluation_message, gpu_message
 from throttle.daemon.brains import GpuModel
+from throttle.daemon.gate import RateError, TokenBucket
 from throttle.daemon.mailbox import Arrival
 from throttle.daemon.messages import StateReader, read_registration
 from throttle.daemon.sessions import StoppingError
@@ -31,7 +34,9 @@ if TYPE_CHECKING:
     from throttle.actuation.actuator import Actuator
     from throttle.actuation.backend import GpuReading
     from throttle.control.state import EngineProfile
+    from throttle.daemon.access import CallerLookup, Identity
     from throttle.daemon.brains import BrainFactory
+    from throttle.daemon.gate import LimitSettings
     from throttle.daemon.metrics import DaemonMetrics
     from throttle.daemon.sessions import OpenSession, Sessions
     from throttle.daemon.telemetry import Telemetry
@@ -39,6 +44,9 @@ if TYPE_CHECKING:
 
 #: The first class that fits counts. What is not listed is a bug: INTERNAL.
 _CODES: Final = (
+    (AuthenticationError, grpc.StatusCode.UNAUTHENTICATED),
+    (ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
+    (RateError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (InvalidInputError, grpc.StatusCode.INVALID_ARGUMENT),
     (NotFoundError, grpc.StatusCode.NOT_FOUND),
     (ConflictError, grpc.StatusCode.FAILED_PRECONDITION),
@@ -60,6 +68,8 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
         actuator: Actuator,
         telemetry: Telemetry,
         brain_factory: BrainFactory,
+        identify: CallerLookup,
+        limits: LimitSettings,
         metrics: DaemonMetrics,
         clock: Callable[[], float],
         log: FilteringBoundLogger,
@@ -71,6 +81,8 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
             actuator: Knows the GPUs.
             telemetry: Reads them.
             brain_factory: Makes brains for what-if questions.
+            identify: Tells who calls.
+            limits: What one caller may ask for.
             metrics: Counts.
             clock: Monotonic seconds.
             log: Logger.
@@ -79,6 +91,8 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
         self._actuator = actuator
         self._telemetry = telemetry
         self._brain_factory = brain_factory
+        self._identify = identify
+        self._limits = limits
         self._metrics = metrics
         self._clock = clock
         self._log = log
@@ -91,7 +105,11 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
     ) -> Iterator[throttle_service_pb2.StreamIterationsResponse]:
         """Serve one engine until its stream ends."""
         try:
-            profile = read_registration(_first_message(request_iterator))
+            caller = self._identify(context)
+            with _deadline(self._limits.registration_seconds, context.cancel):
+                first = _first_message(request_iterator)
+            profile = read_registration(first)
+            caller.require(profile.gpu_uuids)
             opened = self._sessions.open(profile)
         except Exception as error:  # noqa: BLE001 - becomes a status code
             self._metrics.registrations.labels("refused").inc()
@@ -104,7 +122,12 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
         try:
             threading.Thread(
                 target=_read_states,
-                args=(request_iterator, StateReader(opened.session.profile), opened),
+                args=(
+                    request_iterator,
+                    StateReader(opened.session.profile),
+                    opened,
+                    TokenBucket(self._limits.states_per_second, self._clock),
+                ),
                 name="states",
                 daemon=True,
             ).start()
@@ -122,7 +145,7 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
     ) -> throttle_service_pb2.EvaluateResponse:
         """Judge every clock for one state."""
         try:
-            return self._evaluate(request)
+            return self._evaluate(request, self._identify(context))
         except Exception as error:  # noqa: BLE001 - becomes a status code
             self._abort(context, error)
 
@@ -133,11 +156,16 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
     ) -> throttle_service_pb2.GetStatusResponse:
         """Say what the service is doing."""
         try:
+            caller = self._identify(context)
             return throttle_service_pb2.GetStatusResponse(
                 version=__version__,
                 uptime_seconds=self._clock() - self._started_seconds,
-                engines=self._sessions.statuses(),
-                gpus=[self._gpu_status(uuid) for uuid in self._actuator.uuids()],
+                engines=self._sessions.statuses(caller),
+                gpus=[
+                    self._gpu_status(uuid)
+                    for uuid in self._actuator.uuids()
+                    if caller.may_use((uuid,))
+                ],
             )
         except Exception as error:  # noqa: BLE001 - becomes a status code
             self._abort(context, error)
@@ -149,20 +177,23 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
     ) -> throttle_service_pb2.ReleaseControlResponse:
         """Return GPUs to default clocks until their engine registers again."""
         try:
-            released = self._sessions.release(request.engine_id)
+            released = self._sessions.release(request.engine_id, self._identify(context))
             return throttle_service_pb2.ReleaseControlResponse(released_gpu_uuids=released)
         except Exception as error:  # noqa: BLE001 - becomes a status code
             self._abort(context, error)
 
     def _evaluate(
-        self, request: throttle_service_pb2.EvaluateRequest
+        self, request: throttle_service_pb2.EvaluateRequest, caller: Identity
     ) -> throttle_service_pb2.EvaluateResponse:
         started = self._clock()
         profile = read_registration(request.registration)
         if not request.HasField("state"):
             raise InvalidInputError("state", None, "an IterationState")
         state = StateReader(profile).read(request.state)
-        made = self._brain_factory.build(profile, self._gpu_model(profile))
+        model = self._gpu_model(profile)
+        if model is not None:
+            caller.require(profile.gpu_uuids)
+        made = self._brain_factory.build(profile, model)
         made.brain.observe(state, 0)
         evaluation = made.brain.evaluate(state)
         return evaluation_message(
@@ -224,6 +255,18 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
         context.abort(code, str(error))
 
 
+@contextlib.contextmanager
+def _deadline(seconds: float, cancel: Callable[[], object]) -> Iterator[None]:
+    """Cancel a call that takes longer: an open stream holds a thread."""
+    timer = threading.Timer(seconds, cancel)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _first_message(
     requests: Iterator[throttle_service_pb2.StreamIterationsRequest],
 ) -> engine_pb2.EngineRegistration:
@@ -241,11 +284,17 @@ def _read_states(
     requests: Iterator[throttle_service_pb2.StreamIterationsRequest],
     reader: StateReader,
     opened: OpenSession,
+    rate: TokenBucket,
 ) -> None:
     """Validate states as they come; runs on a thread of its own until the stream ends."""
     mailbox = opened.mailbox
     try:
         for request in requests:
+            if not rate.take():
+                raise RateError(  # noqa: TRY301 - handled as what reading raises
+                    f"engine {opened.session.profile.engine_id!r} sends more states per second "
+                    "than limits.states_per_second allows"
+                )
             message = _state_message(request)
             mailbox.put(Arrival(reader.read(message), message))
     except grpc.RpcError:

@@ -14,6 +14,7 @@ from throttle.control.selection import Decision, Reason
 from throttle.control.state import Mode
 from throttle.daemon.answers import decision_message, energy_message
 from throttle.daemon.telemetry import GpuWindow
+from throttle.daemon.tracing import no_tracing
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import engine_pb2, throttle_service_pb2
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from throttle.daemon.metrics import DaemonMetrics
     from throttle.daemon.recording import Recording
     from throttle.daemon.telemetry import GpuMeter
+    from throttle.daemon.tracing import DecisionTracer
     from throttle.v1 import decision_pb2
 
 _FALLBACK_REASONS = frozenset({Reason.FAULT, Reason.LEASE_EXPIRED})
@@ -55,6 +57,7 @@ class Session:
         metrics: DaemonMetrics,
         clock: Callable[[], float],
         log: FilteringBoundLogger,
+        trace: DecisionTracer = no_tracing,
     ) -> None:
         """Take the GPUs if the engine asked to act.
 
@@ -69,6 +72,7 @@ class Session:
             metrics: Counts.
             clock: Monotonic seconds of the daemon; leases run on it.
             log: Bound to the engine.
+            trace: Told of each decision.
 
         Raises:
             ConflictError: A GPU is held by another engine.
@@ -86,6 +90,7 @@ class Session:
         self._metrics = metrics
         self._clock = clock
         self._log = log
+        self._trace = trace
         self._lease: Lease | None = None
         if profile.mode is Mode.ACT:
             self._lease = actuator.acquire(profile.engine_id, profile.gpu_uuids)
@@ -300,6 +305,12 @@ class Session:
                 reason=decision.reason.name.lower(),
                 slack_seconds=decision.binding.slack_seconds if decision.binding else None,
             )
+            self._metrics.note_change(
+                self.profile.engine_id,
+                before,
+                self._applied_clock_mhz,
+                decision.reason.name.lower(),
+            )
         return decision, answer.applied and decision.reason is not Reason.FAULT
 
     def _answer(
@@ -317,6 +328,7 @@ class Session:
         reason = decision.reason
         outcome = "fallback" if reason in _FALLBACK_REASONS else "applied" if applied else "held"
         self._metrics.count_decision(message, outcome, reason.name.lower())
+        self._trace(self.profile, message, outcome, reason.name.lower())
         self._log.debug(
             "decision",
             sequence_number=message.sequence_number,
@@ -338,6 +350,9 @@ class Session:
         if self._applied_clock_mhz != DEFAULT_CLOCKS:
             self._clock_changes_count += 1
             self._log.info("clock_changed", from_mhz=self._applied_clock_mhz, to_mhz=DEFAULT_CLOCKS)
+            self._metrics.note_change(
+                self.profile.engine_id, self._applied_clock_mhz, DEFAULT_CLOCKS, "given_back"
+            )
             self._applied_clock_mhz = DEFAULT_CLOCKS
 
     def _note_transition(self) -> None:

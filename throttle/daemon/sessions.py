@@ -13,6 +13,7 @@ from throttle.daemon.breaker import SloBreaker
 from throttle.daemon.mailbox import Mailbox
 from throttle.daemon.recording import Recording, recording_path, records_metadata
 from throttle.daemon.session import Session
+from throttle.daemon.tracing import no_tracing
 from throttle.errors import ConflictError, NotFoundError, ThrottleError
 
 if TYPE_CHECKING:
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
     from throttle.actuation.actuator import Actuator
     from throttle.control.state import EngineProfile
+    from throttle.daemon.access import Identity
     from throttle.daemon.brains import BrainFactory
     from throttle.daemon.breaker import BreakerSettings
     from throttle.daemon.metrics import DaemonMetrics
     from throttle.daemon.telemetry import Telemetry
+    from throttle.daemon.tracing import DecisionTracer
     from throttle.v1 import throttle_service_pb2
 
 
@@ -86,6 +89,7 @@ class Sessions:
         clock: Callable[[], float],
         new_registration_id: Callable[[], str],
         log: FilteringBoundLogger,
+        trace: DecisionTracer = no_tracing,
     ) -> None:
         """Start without engines.
 
@@ -100,6 +104,7 @@ class Sessions:
             clock: Monotonic seconds.
             new_registration_id: Gives a name that was never given before.
             log: Logger.
+            trace: Told of each decision.
         """
         self._actuator = actuator
         self._telemetry = telemetry
@@ -111,6 +116,7 @@ class Sessions:
         self._clock = clock
         self._new_registration_id = new_registration_id
         self._log = log
+        self._trace = trace
         self._lock = threading.Lock()
         self._open: dict[str, OpenSession | None] = {}  # None while a session is being made
         self._draining = False
@@ -150,28 +156,37 @@ class Sessions:
                 del self._open[opened.session.profile.engine_id]
             self._metrics.engines.set(len(self._open))
 
-    def release(self, engine_id: str) -> tuple[str, ...]:
+    def release(self, engine_id: str, caller: Identity | None = None) -> tuple[str, ...]:
         """Give the GPUs of one engine, or of all when the id is empty, back to default clocks.
+
+        Args:
+            engine_id: The engine, or empty.
+            caller: Who asks; engines on GPUs of others do not exist for it. None sees all.
 
         Raises:
             NotFoundError: There is no such engine.
         """
-        chosen = [
-            opened for opened in self._all() if engine_id in {"", opened.session.profile.engine_id}
-        ]
+        seen = self._seen_by(caller)
+        chosen = [opened for opened in seen if engine_id in {"", opened.session.profile.engine_id}]
         if engine_id and not chosen:
-            names = ", ".join(opened.session.profile.engine_id for opened in self._all())
+            names = ", ".join(opened.session.profile.engine_id for opened in seen)
             raise NotFoundError(f"engine {engine_id!r} is not connected; there: {names or 'none'}")
         return tuple(uuid for opened in chosen for uuid in opened.session.release())
 
-    def statuses(self) -> list[throttle_service_pb2.EngineStatus]:
-        """What an operator sees of each engine."""
-        return [opened.session.status() for opened in self._all()]
+    def statuses(self, caller: Identity | None = None) -> list[throttle_service_pb2.EngineStatus]:
+        """What an operator sees of each engine; of its own ones where a caller is given."""
+        return [opened.session.status() for opened in self._seen_by(caller)]
 
     def release_stuck(self) -> None:
         """Give back what sessions hold whose control does not answer; called now and then."""
         for opened in self._all():
             opened.session.release_if_stuck(opened.mailbox.oldest_seconds)
+
+    def restart(self, reason: str) -> None:
+        """Give all GPUs back and have every engine register again."""
+        for opened in self._all():
+            opened.mailbox.end(StoppingError(reason))
+            opened.session.close()
 
     def drain(self) -> None:
         """Give all GPUs back, end every stream with `StoppingError` and refuse new ones."""
@@ -180,6 +195,13 @@ class Sessions:
         for opened in self._all():
             opened.mailbox.end(StoppingError("the service is stopping"))
             opened.session.close()
+
+    def _seen_by(self, caller: Identity | None) -> list[OpenSession]:
+        return [
+            opened
+            for opened in self._all()
+            if caller is None or caller.may_use(opened.session.profile.gpu_uuids)
+        ]
 
     def _all(self) -> list[OpenSession]:
         with self._lock:
@@ -232,6 +254,7 @@ class Sessions:
                 metrics=self._metrics,
                 clock=self._clock,
                 log=log,
+                trace=self._trace,
             )
         except BaseException:
             meter.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import grp
 import os
 import socket
 import stat
@@ -17,9 +18,6 @@ from throttle.errors import ConflictError, ThrottleError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-#: Owner and group may connect: operators put the engines' user in the daemon's group.
-SOCKET_MODE = 0o660
 
 
 @contextlib.contextmanager
@@ -51,13 +49,32 @@ def claimed(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def private_umask() -> Iterator[None]:
-    """Sockets made meanwhile are not for others, not even for a moment."""
-    before = os.umask(0o777 & ~SOCKET_MODE)
+def private_umask(mode: int) -> Iterator[None]:
+    """Sockets made meanwhile have this mode and no more, not even for a moment."""
+    before = os.umask(0o777 & ~mode)
     try:
         yield
     finally:
         os.umask(before)
+
+
+def set_group(path: Path, group: str) -> None:
+    """Give a socket to a group.
+
+    Args:
+        path: The socket.
+        group: Name or number.
+
+    Raises:
+        ThrottleError: There is no such group, or this process may not give files to it.
+    """
+    try:
+        number = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+        os.chown(path, -1, number)
+    except (KeyError, OSError) as error:
+        raise ThrottleError(
+            f"socket_group is {group!r}: {error}; allowed: a group of the daemon's user"
+        ) from None
 
 
 def _remove_dead_socket(path: Path) -> None:

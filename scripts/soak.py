@@ -1,0 +1,290 @@
+"""Plays simulated engines that connect, crash and return, and watches what the daemon keeps.
+
+Fails when memory grows, a GPU stays throttled after its engine is gone, an engine does not come
+back, or the daemon ends. Use: soak.py [--minutes 30] [--engines 32] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from throttle.actuation.simulated import SimulatedGpuFile
+from throttle.commands.playing import gpu_entries, wait_until_reachable
+from throttle.simulation.plant import Plant
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PLANT = "h200-qwen3-30b-a3b"
+#: Engines of one process: they crash together.
+GROUP_COUNT = 4
+#: Growth is judged after this part of the time, or after five minutes if they come sooner.
+SETTLING_RATIO = 0.3
+SETTLING_SECONDS = 300.0
+GROWTH_RATIO = 0.02
+#: A killed engine's GPUs must be at default clocks, and a returning one be registered, within it.
+DEADLINE_SECONDS = 60.0
+SAMPLE_SECONDS = 5.0
+
+
+@dataclass
+class Report:
+    """What came of it; everything simulated but time and memory."""
+
+    engines_count: int
+    seconds: float = 0.0
+    crashes_count: int = 0
+    release_seconds_maximum: float = 0.0
+    return_seconds_maximum: float = 0.0
+    states_per_second: float = 0.0
+    overtaken_ratio: float = 0.0
+    decision_p99_seconds: float = 0.0
+    memory_settled_bytes: float = 0.0
+    memory_end_bytes: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+
+class Daemon:
+    """The daemon under test."""
+
+    def __init__(self, folder: Path, gpus: Path, bundles: Path, port: int) -> None:
+        self.target = f"unix:{folder / 'throttle.sock'}"
+        self._url = f"http://127.0.0.1:{port}/metrics"
+        with (folder / "daemon.log").open("wb") as log:
+            self.process = subprocess.Popen(  # noqa: S603 - our own command
+                [
+                    sys.executable, "-m", "throttle.cli", "serve", "--log-level", "warning",
+                    "--socket", folder / "throttle.sock", "--simulated-gpus", gpus,
+                    "--bundles", bundles, "--metrics-address", f"127.0.0.1:{port}",
+                ],
+                stdout=log, stderr=log,
+            )  # fmt: skip
+        wait_until_reachable(self.target, 120.0, lambda: self.process.poll() is None)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample, summed over its labels, histogram buckets apart."""
+        with urllib.request.urlopen(self._url, timeout=30) as answer:  # noqa: S310 - our own address
+            text = answer.read().decode()
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                bound = sample.labels.get("le", "")
+                name = f"{sample.name}:{bound}" if bound else sample.name
+                found[name] = found.get(name, 0.0) + sample.value
+        return found
+
+    def memory_bytes(self) -> float:
+        """What the process and all below it have allocated; libraries are left out.
+
+        Pages of libraries are shared with engines that come and go, so their share moves.
+        """
+        return sum(map(_proportional_bytes, _with_descendants(self.process.pid)))
+
+
+class Group:
+    """Some engines in one process."""
+
+    def __init__(self, first: int, count: int, gpus: Path, target: str, log: Path) -> None:
+        self.uuids = [f"GPU-simulated-{number}" for number in range(first, first + count)]
+        self._log = log
+        self._command = [
+            sys.executable, "-m", "throttle.cli", "simulate", "--gpus-file", str(gpus),
+            "--target", target, "--plant", PLANT, "--engines", str(count),
+            "--first-engine", str(first),
+        ]  # fmt: skip
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Connect."""
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log)  # noqa: S603
+
+    def end(self, number: signal.Signals) -> None:
+        """Crash or leave."""
+        if self.process is not None:
+            self.process.send_signal(number)
+            self.process.wait(30)
+            self.process = None
+
+
+def soak(arguments: argparse.Namespace, report: Report) -> None:
+    """Play, crash and watch for the time given."""
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    gpus, names = out / "gpus", [f"GPU-simulated-{number}" for number in range(arguments.engines)]
+    draw = random.Random(arguments.seed)  # noqa: S311 - a plan of crashes
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(
+            SimulatedGpuFile.create(gpus, gpu_entries(Plant.load(PLANT), names))
+        )
+        daemon = Daemon(out, gpus, arguments.bundles, arguments.port)
+        stack.callback(daemon.process.kill)
+        groups = [
+            Group(first, min(GROUP_COUNT, arguments.engines - first), gpus, daemon.target,
+                  out / "engines.log")
+            for first in range(0, arguments.engines, GROUP_COUNT)
+        ]  # fmt: skip
+        for group in groups:
+            stack.callback(group.end, signal.SIGKILL)
+            group.start()
+        _wait(lambda: _engines(daemon) == arguments.engines)
+        _play(arguments, report, daemon, groups, file, draw)
+        before = daemon.metrics()
+        _sum_up(report, before)
+        for group in groups:
+            group.end(signal.SIGTERM)
+        if _wait(lambda: not any(file.read_lock_mhz(name) for name in names)) is None:
+            report.problems.append("a GPU is throttled after every engine has left")
+        daemon.process.terminate()
+        if (status := daemon.process.wait(60)) != 0:
+            report.problems.append(f"the daemon ended with {status}")
+
+
+def _play(  # noqa: PLR0917 - one scene, named here only
+    arguments: argparse.Namespace,
+    report: Report,
+    daemon: Daemon,
+    groups: list[Group],
+    file: SimulatedGpuFile,
+    draw: random.Random,
+) -> None:
+    started, length = time.monotonic(), arguments.minutes * 60.0
+    settled_seconds = min(SETTLING_SECONDS, length * SETTLING_RATIO)
+    memory: list[tuple[float, float]] = []
+    crash_seconds = 0.0
+    while (now := time.monotonic() - started) < length:
+        if daemon.process.poll() is not None:
+            report.problems.append(f"the daemon ended with {daemon.process.returncode}")
+            return
+        memory.append((now, daemon.memory_bytes()))
+        if now >= crash_seconds:
+            _crash(draw.choice(groups), report, daemon, file, arguments.engines)
+            crash_seconds = now + draw.uniform(0.5, 1.5) * arguments.crash_seconds
+        print(f"{now:6.0f} s  {memory[-1][1] / 1e6:6.1f} MB  {report.crashes_count} crashes",
+              flush=True)  # fmt: skip
+        time.sleep(SAMPLE_SECONDS)
+    report.seconds = time.monotonic() - started
+    after = [each for seconds, each in memory if seconds >= settled_seconds]
+    # the mean of some samples at each end: engines come and go
+    part = max(1, len(after) // 5)
+    report.memory_settled_bytes = sum(after[:part]) / part
+    report.memory_end_bytes = sum(after[-part:]) / part
+    if report.memory_end_bytes > (1 + GROWTH_RATIO) * report.memory_settled_bytes:
+        report.problems.append(
+            f"memory grew from {report.memory_settled_bytes / 1e6:.1f} to "
+            f"{report.memory_end_bytes / 1e6:.1f} MB; allowed: {GROWTH_RATIO:.0%}"
+        )
+
+
+def _crash(
+    group: Group, report: Report, daemon: Daemon, file: SimulatedGpuFile, engines_count: int
+) -> None:
+    """Kill a process of engines; their GPUs must be given back, and they must come back."""
+    group.end(signal.SIGKILL)
+    report.crashes_count += 1
+    seconds = _wait(lambda: not any(file.read_lock_mhz(uuid) for uuid in group.uuids))
+    if seconds is None:
+        report.problems.append(f"crash {report.crashes_count}: {group.uuids} stayed throttled")
+    report.release_seconds_maximum = max(report.release_seconds_maximum, seconds or 0.0)
+    if _wait(lambda: _engines(daemon) == engines_count - len(group.uuids)) is None:
+        report.problems.append(f"crash {report.crashes_count}: dead engines are still served")
+    group.start()
+    seconds = _wait(lambda: _engines(daemon) == engines_count)
+    if seconds is None:
+        report.problems.append(
+            f"crash {report.crashes_count}: {_engines(daemon):.0f} of {engines_count} engines came "
+            "back"
+        )
+    report.return_seconds_maximum = max(report.return_seconds_maximum, seconds or 0.0)
+
+
+def _sum_up(report: Report, metrics: dict[str, float]) -> None:
+    received = metrics["throttle_iterations_received_total"]
+    report.states_per_second = received / report.seconds if report.seconds else 0.0
+    dropped = metrics.get("throttle_iterations_dropped_total", 0.0)
+    report.overtaken_ratio = dropped / received if received else 0.0
+    prefix = "throttle_decision_duration_seconds_bucket:"
+    buckets = sorted(
+        (float(name.removeprefix(prefix)), count)
+        for name, count in metrics.items()
+        if name.startswith(prefix)
+    )
+    report.decision_p99_seconds = next(
+        bound for bound, count in buckets if count >= 0.99 * buckets[-1][1]
+    )
+    if metrics["throttle_faults_total"]:
+        report.problems.append(f"{metrics['throttle_faults_total']:.0f} decisions failed")
+    if metrics["throttle_leases_expired_total"]:
+        report.problems.append(
+            f"{metrics['throttle_leases_expired_total']:.0f} leases of living engines expired"
+        )
+
+
+def _engines(daemon: Daemon) -> float:
+    return daemon.metrics()["throttle_engines_count"]
+
+
+def _wait(condition: Callable[[], bool]) -> float | None:
+    """Seconds until a condition holds; None when it does not in time."""
+    started = time.monotonic()
+    while not condition():
+        if time.monotonic() - started > DEADLINE_SECONDS:
+            return None
+        time.sleep(0.05)
+    return time.monotonic() - started
+
+
+def _with_descendants(pid: int) -> list[int]:
+    found = [pid]
+    for each in found:
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{each}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def _proportional_bytes(pid: int) -> float:
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0.0  # it has ended meanwhile
+    line = next(line for line in text.splitlines() if line.startswith("Pss_Anon:"))
+    return float(line.split()[1]) * 1024
+
+
+def main() -> int:
+    """Run; 0 when nothing was wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--engines", type=int, default=32)
+    parser.add_argument("--crash-seconds", type=float, default=20.0, help="mean time between them")
+    parser.add_argument("--bundles", type=Path, default=Path("models"))
+    parser.add_argument("--port", type=int, default=19470, help="for the daemon's metrics")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("out/soak"))
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    report = Report(arguments.engines)
+    soak(arguments, report)
+    text = json.dumps(asdict(report), indent=2)
+    (arguments.out / "report.json").write_text(text + "\n", "utf-8")
+    print(text)
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

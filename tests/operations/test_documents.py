@@ -1,0 +1,27 @@
+"""What the documents promise is there."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+THREATS = tomllib.loads((ROOT / "tests/operations/threats.toml").read_text())
+
+
+def test_every_threat_has_a_test_and_every_test_a_threat():
+    table = (ROOT / "docs/security.md").read_text().partition("## Threats")[2]
+    names = re.findall(r"\| `([a-z-]+)` \|$", table, re.MULTILINE)
+    assert names == sorted(names, key=names.index)
+    assert set(names) == set(THREATS)
+
+
+@pytest.mark.parametrize("name", THREATS)
+def test_a_threats_defence_and_test_are_where_the_list_says(name):
+    threat = THREATS[name]
+    assert (ROOT / threat["file"]).read_text().count(threat["defence"]) == 1
+    path, _, test = threat["test"].partition("::")
+    assert f"def {test}(" in (ROOT / path).read_text()

@@ -46,8 +46,12 @@ from throttle.v1 import engine_pb2, throttle_service_pb2, throttle_service_pb2_g
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from typing import TypeAlias
 
     from throttle.v1 import decision_pb2
+
+    #: Engine time of an event, and the event.
+    _StampedEvent: TypeAlias = tuple[float, engine_pb2.RequestEvent]
 
 #: Where `throttle serve` listens unless told otherwise.
 DEFAULT_TARGET = "unix:///run/throttle/throttle.sock"
@@ -55,6 +59,10 @@ DEFAULT_TARGET = "unix:///run/throttle/throttle.sock"
 #: Most events of overtaken states that wait for a slow stream. Beyond it the client starts a new
 #: stream, which tells the daemon of every live request anew, so that nothing is lost.
 CARRIED_EVENTS_LIMIT = 16_384
+
+#: Most completed iterations that wait for a slow stream; beyond it the oldest is dropped. They are
+#: what predictors learn from. Of other states only the newest waits.
+COMPLETED_STATES_LIMIT = 64
 
 #: Most unfinished requests remembered for a new stream; beyond it the oldest is forgotten. An
 #: engine that reports the end of its requests stays far below.
@@ -107,8 +115,8 @@ class ClientStatistics:
     Attributes:
         submitted_count: States handed in.
         sent_count: States given to a stream.
-        overtaken_count: States that a newer one replaced before they were sent; their events were
-            carried over.
+        overtaken_count: States dropped because newer ones came before they were sent; their events
+            were carried over.
         refused_count: Submissions that were no `IterationState`; dropped.
         decisions_count: Decisions received.
         reconnects_count: Streams accepted after the first one.
@@ -122,13 +130,28 @@ class ClientStatistics:
     reconnects_count: int
 
 
+class _Pending:
+    """A state that waits to be sent, and the events of those it overtook."""
+
+    __slots__ = ("earlier", "state")
+
+    def __init__(self, state: engine_pb2.IterationState) -> None:
+        self.state = state
+        self.earlier: list[_StampedEvent] = []
+
+    def own_events(self) -> list[_StampedEvent]:
+        now = self.state.engine_time_seconds
+        return [(now - event.age_seconds, event) for event in self.state.request_events]
+
+
 class ThrottleClient:
     """One engine's stream to the throttling service.
 
-    A background thread owns the channel and the stream. States pass through a mailbox of one slot
-    in which the newest wins; request events of an overtaken state travel with the newer one. After
-    a reconnect the client registers again and tells the daemon of every unfinished request with its
-    true age.
+    A background thread owns the channel and the stream. States pass through a mailbox in which the
+    newest wins: it replaces a plan or heartbeat that was not sent yet, whose request events travel
+    with it. Completed iterations are not replaced but wait in a short line, because they teach the
+    predictors; without a daemon none waits. After a reconnect the client registers again and tells
+    the daemon of every unfinished request with its true age.
 
     Create it in the process that runs the scheduler: a stream does not survive a fork.
     """
@@ -144,6 +167,8 @@ class ThrottleClient:
         channel_options: Sequence[tuple[str, object]] = (),
         backoff: ReconnectBackoff | None = None,
         carried_events_limit: int = CARRIED_EVENTS_LIMIT,
+        completed_states_limit: int = COMPLETED_STATES_LIMIT,
+        on_change: Callable[[], None] | None = None,
         draw: Callable[[], float] = random.random,
     ) -> None:
         """Start connecting in the background and return at once.
@@ -157,6 +182,9 @@ class ThrottleClient:
             channel_options: Further gRPC channel options; they win over the client's own.
             backoff: Waits between tries.
             carried_events_limit: See `CARRIED_EVENTS_LIMIT`.
+            completed_states_limit: See `COMPLETED_STATES_LIMIT`; 0 keeps only the newest state.
+            on_change: Called on the client's threads after each decision, acceptance and end of a
+                stream; must return at once.
             draw: Random numbers in [0, 1) for the jitter.
 
         Raises:
@@ -175,6 +203,10 @@ class ThrottleClient:
             raise ValueError(f"target is empty; allowed: a gRPC target such as {DEFAULT_TARGET}")
         if carried_events_limit < 1:
             raise ValueError(f"carried_events_limit is {carried_events_limit}; allowed: 1 or more")
+        if completed_states_limit < 0:
+            raise ValueError(
+                f"completed_states_limit is {completed_states_limit}; allowed: 0 or more"
+            )
         self._registration = engine_pb2.EngineRegistration()
         self._registration.CopyFrom(registration)
         self._target = target
@@ -183,11 +215,13 @@ class ThrottleClient:
         self._options = _channel_options(target, channel_options)
         self._backoff = backoff if backoff is not None else ReconnectBackoff()
         self._carried_events_limit = carried_events_limit
+        self._completed_states_limit = completed_states_limit
+        self._on_change = on_change
         self._draw = draw
 
         self._mailbox = threading.Condition()  # guards what follows, up to the next condition
-        self._pending: engine_pb2.IterationState | None = None
-        self._carried: deque[tuple[float, engine_pb2.RequestEvent]] = deque()
+        self._pending: deque[_Pending] = deque()
+        self._carried_count = 0
         self._live: dict[int, dict[int, tuple[float, engine_pb2.RequestEvent]]] = {}
         self._stream_number = 0
         self._accepted: throttle_service_pb2.RegistrationAccepted | None = None
@@ -222,9 +256,10 @@ class ThrottleClient:
                 if self._closed:
                     return
                 self._submitted_count += 1
-                if self._pending is not None:
-                    restart = self._overtake(self._pending)
-                self._pending = state
+                pending = _Pending(state)
+                if self._pending:
+                    restart = self._line_up(pending)
+                self._pending.append(pending)
                 self._mailbox.notify_all()
             if restart is not None:
                 restart.cancel()
@@ -376,18 +411,16 @@ class ThrottleClient:
             return (
                 self._closed
                 or self._stream_number != stream_number
-                or (self._accepted is not None and self._pending is not None)
+                or (self._accepted is not None and bool(self._pending))
             )
 
         while True:
             with self._mailbox:
                 self._mailbox.wait_for(due)
-                state = self._pending
-                if self._closed or self._stream_number != stream_number or state is None:
+                if self._closed or self._stream_number != stream_number:
                     return
-                self._pending = None
                 self._sent_count += 1
-                state = self._compose(state, replay=first)
+                state = self._compose(self._pending.popleft(), replay=first)
             first = False
             yield throttle_service_pb2.StreamIterationsRequest(state=state)
 
@@ -397,6 +430,7 @@ class ThrottleClient:
             self._accepted_count += 1
             self._last_error = ""
             self._mailbox.notify_all()
+        self._changed()
         _log.info("connected to %s as %s", self._target, accepted.registration_id)
 
     def _receive(self, decision: decision_pb2.Decision) -> None:
@@ -404,14 +438,23 @@ class ThrottleClient:
             self._latest_decision = decision
             self._decisions_count += 1
             self._answers.notify_all()
+        self._changed()
 
     def _disconnect(self) -> None:
         with self._mailbox:
             self._accepted = None
             self._stream_number += 1  # ends the request iterator of the old stream
-            while self._carried:
-                self._remember(*self._carried.popleft())
+            while len(self._pending) > 1:  # the newest alone is worth a new stream's time
+                self._overtaken_count += 1
+                self._forget(self._pending.popleft())
+            for pending in self._pending:
+                self._remember_earlier(pending)
             self._mailbox.notify_all()
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change()
 
     def _note_error(self, text: str) -> None:
         if text != self._last_error and not self._closed:  # once, not at each try
@@ -420,34 +463,48 @@ class ThrottleClient:
 
     # Request events; called with the mailbox held.
 
-    def _overtake(self, state: engine_pb2.IterationState) -> grpc.Call | None:
-        """Keep the events of a state that is not sent; returns a stream to cancel, or None."""
-        self._overtaken_count += 1
-        events = [
-            (state.engine_time_seconds - event.age_seconds, event) for event in state.request_events
-        ]
+    def _line_up(self, newer: _Pending) -> grpc.Call | None:
+        """Make room for a newer state; returns a stream to cancel, or None."""
         if self._accepted is None:
-            for event_time, event in events:
-                self._remember(event_time, event)
+            self._overtaken_count += 1
+            self._forget(self._pending.pop())
             return None
-        self._carried.extend(events)
-        return self._call if len(self._carried) > self._carried_events_limit else None
+        if self._pending[-1].state.phase != engine_pb2.ITERATION_PHASE_COMPLETED:
+            newer.earlier = self._overtake(self._pending.pop())
+        elif len(self._pending) > self._completed_states_limit - 1:
+            earlier = self._overtake(self._pending.popleft())
+            following = self._pending[0] if self._pending else newer
+            following.earlier = earlier + following.earlier
+        return self._call if self._carried_count > self._carried_events_limit else None
 
-    def _compose(
-        self, state: engine_pb2.IterationState, *, replay: bool
-    ) -> engine_pb2.IterationState:
+    def _overtake(self, overtaken: _Pending) -> list[_StampedEvent]:
+        """The events that the state after this one has to bring along."""
+        self._overtaken_count += 1
+        events = overtaken.own_events()
+        self._carried_count += len(events)
+        return overtaken.earlier + events
+
+    def _forget(self, pending: _Pending) -> None:
+        """Drop a state; a new stream will tell of the requests that it spoke of."""
+        self._remember_earlier(pending)
+        for event_time, event in pending.own_events():
+            self._remember(event_time, event)
+
+    def _remember_earlier(self, pending: _Pending) -> None:
+        self._carried_count -= len(pending.earlier)
+        for event_time, event in pending.earlier:
+            self._remember(event_time, event)
+        pending.earlier = []
+
+    def _compose(self, pending: _Pending, *, replay: bool) -> engine_pb2.IterationState:
         """The message to send: the state, before its own events those it has to bring along."""
-        now = state.engine_time_seconds
-        earlier: list[tuple[float, engine_pb2.RequestEvent]] = []
+        earlier: list[_StampedEvent] = []
         if replay:
             known = (stamped for kinds in self._live.values() for stamped in kinds.values())
             earlier.extend(sorted(known, key=lambda stamped: stamped[0]))
-        earlier.extend(self._carried)
-        composed = _with_earlier_events(state, earlier) if earlier else state
-        while self._carried:
-            self._remember(*self._carried.popleft())
-        for event in state.request_events:
-            self._remember(now - event.age_seconds, event)
+        earlier.extend(pending.earlier)
+        composed = _with_earlier_events(pending.state, earlier) if earlier else pending.state
+        self._forget(pending)
         return composed
 
     def _remember(self, event_time: float, event: engine_pb2.RequestEvent) -> None:

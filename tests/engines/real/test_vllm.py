@@ -1,0 +1,125 @@
+"""A real vLLM on the CPU, a real daemon on a simulated GPU, and `vllm bench serve` between them."""
+
+from __future__ import annotations
+
+import re
+
+import pyarrow.parquet
+import pytest
+
+from tests.engines.real.processes import GPU_UUID, VllmServer, make_model, until
+from throttle.v1 import engine_pb2
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+ADAPTERS = {
+    "stat_logger": (),
+    "scheduler": ("--scheduler-cls", "throttle.engines.vllm_scheduler.ThrottleScheduler"),
+}
+REQUESTS = 200
+PROBLEMS = re.compile(r"Traceback|ERROR|throttle adapter failed|throttle is off")
+
+
+def serve(folder, model, adapter, daemon):
+    return VllmServer(
+        folder,
+        make_model(folder / "model", model),
+        "--enable-logging-iteration-details",
+        "--enable-mfu-metrics",
+        *ADAPTERS[adapter],
+        THROTTLE_ADDRESS=daemon.target,
+        THROTTLE_ENGINE_GPUS=GPU_UUID,
+        THROTTLE_ENGINE_MODE="act",
+        THROTTLE_ENGINE_TTFT_SECONDS="2",
+        THROTTLE_ENGINE_TPOT_SECONDS="0.2",
+    )
+
+
+@pytest.fixture(params=[(a, m) for a in ADAPTERS for m in ("qwen3-moe", "mixtral")], ids="-".join)
+def served(request, tmp_path, vllm_environment, daemon):
+    """A daemon and a vLLM that reports to it, both ready."""
+    adapter, model = request.param
+    daemon.start()
+    folder = tmp_path / "vllm"
+    folder.mkdir()
+    server = serve(folder, model, adapter, daemon)
+    try:
+        server.wait()
+        until(daemon.engine_status, "registration", 30.0)
+        yield server
+    finally:
+        server.stop()
+
+
+def test_every_iteration_request_and_token_reaches_the_daemon_and_is_answered(served, daemon):
+    measured = served.bench(prompts=REQUESTS).finish()
+    assert (measured["completed"], measured["failed"]) == (REQUESTS, 0)
+    ran = until(served.iterations_count, "iterations in vLLM's log", 10.0)
+    truth = served.metrics()
+    status = until(lambda: _settled(daemon), "an answer to every state", 30.0)
+    # of plans the newest alone is sent; completed iterations are counted one by one below
+    assert status.last_decision.sequence_number >= status.states_count >= ran
+    assert not PROBLEMS.search(served.process.text())
+    served.stop()  # ends the stream, and with it the recording
+    records = until(lambda: _records(daemon), "recording", 30.0)
+    completed = records[records.phase == "completed"]
+    assert len(completed) == ran == served.iterations_count()
+    events = _events(records)
+    assert len(events[engine_pb2.REQUEST_EVENT_KIND_ARRIVED]) == REQUESTS
+    finished = events[engine_pb2.REQUEST_EVENT_KIND_FINISHED]
+    assert len(finished) == truth["vllm:request_success_total"] == REQUESTS
+    assert sum(e.generated_tokens for e in finished) == truth["vllm:generation_tokens_total"]
+    prompts = sum(e.prompt_tokens for e in events[engine_pb2.REQUEST_EVENT_KIND_ARRIVED])
+    assert prompts == truth["vllm:prompt_tokens_total"]
+    # what prefills and decodes computed is what came out: a prompt's last chunk gives a token too
+    cached = prompts - int(completed.sum_prefill_tokens.sum())
+    assert cached == truth["vllm:prefix_cache_hits_total"]
+    generated = int(completed.num_decode_requests.sum()) + REQUESTS
+    assert generated == truth["vllm:generation_tokens_total"]
+    assert completed.iteration_duration_seconds.between(1e-5, 5.0).all()
+
+
+def test_a_daemon_killed_and_restarted_costs_no_request_and_no_iteration(served, daemon):
+    bench = served.bench(prompts=REQUESTS)
+    until(lambda: _states(daemon) > 300, "load", 120.0)
+    daemon.kill()
+    before = served.iterations_count()
+    until(lambda: served.iterations_count() > before + 200, "iterations without a daemon", 60.0)
+    assert bench.running
+    daemon.start()
+    until(lambda: _states(daemon) > 50, "states after the restart", 60.0)
+    measured = bench.finish()
+    assert (measured["completed"], measured["failed"]) == (REQUESTS, 0)
+    truth = served.metrics()
+    assert truth["vllm:request_success_total"] == REQUESTS
+    assert measured["total_output_tokens"] == truth["vllm:generation_tokens_total"]
+    assert not PROBLEMS.search(served.process.text())
+
+
+def _settled(daemon):
+    """The engine's status once every state that the daemon received is answered."""
+    status = daemon.engine_status()
+    metrics = daemon.metrics()
+    received = metrics["throttle_iterations_received_total"]
+    answered = metrics["throttle_decisions_total"] + metrics.get(
+        "throttle_iterations_dropped_total", 0.0
+    )
+    return status if status.states_count == received == answered > 0 else None
+
+
+def _states(daemon):
+    status = daemon.engine_status()
+    return status.states_count if status else 0
+
+
+def _records(daemon):
+    files = list(daemon.recordings.glob("*.parquet"))
+    return pyarrow.parquet.read_table(files[0]).to_pandas() if files else None
+
+
+def _events(records):
+    found = {kind: [] for kind in engine_pb2.RequestEventKind.values()}
+    for text in records.state_message:
+        for event in engine_pb2.IterationState.FromString(text).request_events:
+            found[event.kind].append(event)
+    return found

@@ -19,7 +19,7 @@ dynamo)
   # its dependencies include a package that cannot be installed everywhere; the mocker needs these
   pip install --no-deps ai-dynamo==1.6.1
   pip install aiohttp pyzmq msgspec pyyaml prometheus_client numpy transformers kubernetes redis \
-    tqdm zstandard
+    tqdm zstandard grpcio protobuf  # the last two are what this project's base package needs
   ;;
 *)
   echo "unknown engine $engine; allowed: vllm, dynamo" >&2

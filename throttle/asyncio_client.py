@@ -110,13 +110,15 @@ class AsyncThrottleClient:
     async def decisions(self) -> AsyncIterator[decision_pb2.Decision]:
         """Decisions as they come, until `close`; a slow reader sees the newest only."""
         seen: decision_pb2.Decision | None = None
-        while not self._closed:
+        while True:
             latest = self.latest_decision
             if latest is not None and latest is not seen:
                 seen = latest
                 yield latest
-                continue
-            await asyncio.shield(self._change)
+            elif self._closed:
+                return
+            else:
+                await asyncio.shield(self._change)
 
     async def close(self, timeout_seconds: float = 2.0) -> None:
         """End the stream, which returns the GPUs to default clocks; further calls do nothing."""

@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "status": "ask a daemon what it is doing",
     "health": "ask a daemon whether it serves",
     "release": "return GPUs to default clocks now",
+    "bridge": "report an engine from outside it: ForwardPassMetrics, statistics or /metrics",
     "demo": "play a real trace on a simulated GPU, at maximum clock and throttled",
     "profile": "drive clocks over an exploration plan and record iterations",
     "plant": "what one iteration costs on the simulated GPU",
@@ -57,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = parsed.run(parsed)
     except ModuleNotFoundError as error:
         return _fail(
-            f"{error.name} is not installed; install moe-throttle[daemon] (and [train] for "
-            "recordings, profiles and the demo)"
+            f"{error.name} is not installed; install moe-throttle[daemon] ([train] for "
+            "recordings, profiles and the demo, [bridge] for bridges)"
         )
     except Exception as error:
         if not _is_ours(error):

@@ -307,6 +307,12 @@ class ThrottleClient:
             )
             return self._accepted is not None
 
+    def wait_until_sent(self, timeout_seconds: float) -> bool:
+        """Wait until no state waits for the stream; for tools, not for engines."""
+        with self._mailbox:
+            self._mailbox.wait_for(lambda: not self._pending or self._closed, timeout_seconds)
+            return not self._pending
+
     def wait_for_decision(
         self, sequence_number: int, timeout_seconds: float
     ) -> decision_pb2.Decision | None:
@@ -421,6 +427,8 @@ class ThrottleClient:
                     return
                 self._sent_count += 1
                 state = self._compose(self._pending.popleft(), replay=first)
+                if not self._pending:
+                    self._mailbox.notify_all()
             first = False
             yield throttle_service_pb2.StreamIterationsRequest(state=state)
 

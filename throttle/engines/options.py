@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from throttle.client import ThrottleClient
+from throttle.client import COMPLETED_STATES_LIMIT, ThrottleClient
 from throttle.credentials import read_token, tls_credentials
 from throttle.v1 import engine_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 #: gRPC target of the daemon, such as `unix:///run/throttle/throttle.sock`. Unset: the adapters do
 #: nothing.
@@ -116,7 +116,7 @@ class EngineOptions:
     def connect(
         self,
         registration: engine_pb2.EngineRegistration,
-        on_change: Callable[[], None] | None = None,
+        completed_states_limit: int = COMPLETED_STATES_LIMIT,
     ) -> ThrottleClient:
         """A client for a registration; connects in the background.
 
@@ -134,7 +134,7 @@ class EngineOptions:
             self.address,
             credentials=credentials,
             token=read_token(self.token_file) if self.token_file else "",
-            on_change=on_change,
+            completed_states_limit=completed_states_limit,
         )
 
 

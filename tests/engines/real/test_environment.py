@@ -32,15 +32,12 @@ def test_the_base_package_changes_no_version_in_vllms_environment(
 
 
 def test_the_wheel_holds_the_protocol_for_other_languages(vllm_environment):
+    list_files = "from importlib.resources import files; print(*files('throttle.v1').iterdir())"
     listing = subprocess.run(
-        [
-            vllm_environment, "-c",
-            "import importlib.resources as r; "
-            "print(*sorted(p.name for p in r.files('throttle.v1').iterdir()))",
-        ],
-        check=True, capture_output=True, text=True,
-    ).stdout.split()  # fmt: skip
-    assert {"engine.proto", "decision.proto", "throttle_service.proto"} <= set(listing)
+        [vllm_environment, "-I", "-c", list_files], check=True, capture_output=True, text=True
+    ).stdout.split()
+    names = {path.rpartition("/")[2] for path in listing}
+    assert {"engine.proto", "decision.proto", "throttle_service.proto"} <= names
 
 
 def _name(entry):

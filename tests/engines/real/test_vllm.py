@@ -80,7 +80,8 @@ def test_every_iteration_request_and_token_reaches_the_daemon_and_is_answered(se
 
 
 def test_a_daemon_killed_and_restarted_costs_no_request_and_no_iteration(served, daemon):
-    bench = served.bench(prompts=REQUESTS)
+    # longer than the daemon takes to start again, and the client to try again
+    bench = served.bench(prompts=2 * REQUESTS, rate=8)
     until(lambda: _states(daemon) > 300, "load", 120.0)
     daemon.kill()
     before = served.iterations_count()
@@ -89,9 +90,9 @@ def test_a_daemon_killed_and_restarted_costs_no_request_and_no_iteration(served,
     daemon.start()
     until(lambda: _states(daemon) > 50, "states after the restart", 60.0)
     measured = bench.finish()
-    assert (measured["completed"], measured["failed"]) == (REQUESTS, 0)
+    assert (measured["completed"], measured["failed"]) == (2 * REQUESTS, 0)
     truth = served.metrics()
-    assert truth["vllm:request_success_total"] == REQUESTS
+    assert truth["vllm:request_success_total"] == 2 * REQUESTS
     assert measured["total_output_tokens"] == truth["vllm:generation_tokens_total"]
     assert not PROBLEMS.search(served.process.text())
 

@@ -250,6 +250,7 @@ class VllmServer:
         self.python = engine_python("vllm")
         self.folder = folder
         self.model = model
+        self.adapter = ""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._benches_count = 0
@@ -291,6 +292,17 @@ class VllmServer:
             **_QUIET,
         )  # fmt: skip
         return Bench(process, result)
+
+    def complete(self, prompt, tokens, **headers):
+        """Ask for one completion; returns its usage."""
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
+        request = urllib.request.Request(
+            self.url + "/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", **headers},
+        )
+        with urllib.request.urlopen(request, timeout=60.0) as answer:
+            return json.loads(answer.read())["usage"]
 
     def iterations_count(self):
         """Iterations run, by vLLM's own log: one line for each."""

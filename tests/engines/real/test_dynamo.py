@@ -74,13 +74,12 @@ def dynamo(tmp_path, wheel):
         "HF_HUB_OFFLINE": "1",
     }
     planes = ["--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"]
-    port, system_port = free_port(), free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     processes = [
         Process(
             [python, "-m", "dynamo.mocker", "--model-path", model, "--model-name", "m", *planes],
             tmp_path / "mocker.log",
-            DYN_SYSTEM_PORT=str(system_port),
             **environment,
         ),
         Process(

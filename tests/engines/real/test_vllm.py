@@ -26,6 +26,8 @@ def serve(folder, model, adapter, daemon):
         make_model(folder / "model", model),
         "--enable-logging-iteration-details",
         "--enable-mfu-metrics",
+        "--middleware",
+        "throttle.engines.vllm_middleware.RequestMiddleware",
         *ADAPTERS[adapter],
         THROTTLE_ADDRESS=daemon.target,
         THROTTLE_ENGINE_GPUS=GPU_UUID,
@@ -46,6 +48,7 @@ def served(request, tmp_path, vllm_environment, daemon):
     try:
         server.wait()
         until(daemon.engine_status, "registration", 30.0)
+        server.adapter = adapter
         yield server
     finally:
         server.stop()
@@ -54,6 +57,8 @@ def served(request, tmp_path, vllm_environment, daemon):
 def test_every_iteration_request_and_token_reaches_the_daemon_and_is_answered(served, daemon):
     measured = served.bench(prompts=REQUESTS).finish()
     assert (measured["completed"], measured["failed"]) == (REQUESTS, 0)
+    until(lambda: served.metrics()["vllm:num_requests_running"] == 0, "an idle engine", 10.0)
+    assert served.complete("w7 w8 w9", 5, **{"X-SLO-TTFT-MS": "250"})["completion_tokens"] == 5
     ran = until(served.iterations_count, "iterations in vLLM's log", 10.0)
     truth = served.metrics()
     status = until(lambda: _settled(daemon), "an answer to every state", 30.0)
@@ -65,18 +70,39 @@ def test_every_iteration_request_and_token_reaches_the_daemon_and_is_answered(se
     completed = records[records.phase == "completed"]
     assert len(completed) == ran == served.iterations_count()
     events = _events(records)
-    assert len(events[engine_pb2.REQUEST_EVENT_KIND_ARRIVED]) == REQUESTS
-    finished = events[engine_pb2.REQUEST_EVENT_KIND_FINISHED]
-    assert len(finished) == truth["vllm:request_success_total"] == REQUESTS
+    requests = REQUESTS + 1
+    arrived = [event for _, event in events[engine_pb2.REQUEST_EVENT_KIND_ARRIVED]]
+    assert len(arrived) == requests
+    finished = [event for _, event in events[engine_pb2.REQUEST_EVENT_KIND_FINISHED]]
+    assert len(finished) == truth["vllm:request_success_total"] == requests
     assert sum(e.generated_tokens for e in finished) == truth["vllm:generation_tokens_total"]
-    prompts = sum(e.prompt_tokens for e in events[engine_pb2.REQUEST_EVENT_KIND_ARRIVED])
+    prompts = sum(event.prompt_tokens for event in arrived)
     assert prompts == truth["vllm:prompt_tokens_total"]
     # what prefills and decodes computed is what came out: a prompt's last chunk gives a token too
     cached = prompts - int(completed.sum_prefill_tokens.sum())
     assert cached == truth["vllm:prefix_cache_hits_total"]
-    generated = int(completed.num_decode_requests.sum()) + REQUESTS
+    generated = int(completed.num_decode_requests.sum()) + requests
     assert generated == truth["vllm:generation_tokens_total"]
     assert completed.iteration_duration_seconds.between(1e-5, 5.0).all()
+    _assert_told_before_its_first_iteration(served, records, events)
+
+
+def _assert_told_before_its_first_iteration(served, records, events):
+    """The lone last request found an idle engine: a heartbeat told of it, before any iteration."""
+    last_states = [engine_pb2.IterationState.FromString(m) for m in records.state_message]
+    told = [
+        state
+        for state in last_states
+        if state.phase == engine_pb2.ITERATION_PHASE_HEARTBEAT
+        and state.queued.num_prefill_requests == 1
+    ]
+    first_token_row, _ = events[engine_pb2.REQUEST_EVENT_KIND_FIRST_TOKEN][-1]
+    assert told
+    assert told[-1].sequence_number < int(records.sequence_number[first_token_row])
+    if served.adapter == "scheduler":  # its own limit came along
+        _, arrival = events[engine_pb2.REQUEST_EVENT_KIND_ARRIVED][-1]
+        assert arrival in told[-1].request_events
+        assert arrival.slos.ttft_seconds == 0.25
 
 
 def test_a_daemon_killed_and_restarted_costs_no_request_and_no_iteration(served, daemon):
@@ -120,7 +146,7 @@ def _records(daemon):
 
 def _events(records):
     found = {kind: [] for kind in engine_pb2.RequestEventKind.values()}
-    for text in records.state_message:
+    for row, text in enumerate(records.state_message):
         for event in engine_pb2.IterationState.FromString(text).request_events:
-            found[event.kind].append(event)
+            found[event.kind].append((row, event))
     return found

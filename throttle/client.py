@@ -219,7 +219,10 @@ class ThrottleClient:
         self._on_change = on_change
         self._draw = draw
 
-        self._mailbox = threading.Condition()  # guards what follows, up to the next condition
+        # The lock guards what follows, up to the next condition. `submit` takes it by itself: a
+        # condition's own methods are Python, and cost several times as much.
+        self._lock = threading.RLock()
+        self._mailbox = threading.Condition(self._lock)
         self._pending: deque[_Pending] = deque()
         self._carried_count = 0
         self._live: dict[int, dict[int, tuple[float, engine_pb2.RequestEvent]]] = {}
@@ -252,7 +255,7 @@ class ThrottleClient:
                 self._refused_count += 1
                 return
             restart = None
-            with self._mailbox:
+            with self._lock:
                 if self._closed:
                     return
                 self._submitted_count += 1

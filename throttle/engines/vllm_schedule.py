@@ -7,6 +7,7 @@ attribute and needs no vLLM, so that it can be tested without one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
 from throttle.engines.request_slos import read_slos
@@ -20,6 +21,10 @@ _LONGEST_ITERATION_SECONDS: Final = 60.0
 
 #: Plans remembered until their step completes; vLLM has two or three under way.
 _PLANS_LIMIT: Final = 64
+
+_COMPUTED: Final = attrgetter("num_computed_tokens")
+_PROMPT: Final = attrgetter("num_prompt_tokens")
+_GENERATED: Final = attrgetter("num_output_tokens")
 
 
 @dataclass(slots=True)
@@ -151,22 +156,22 @@ class SchedulerTap:
         self._date(state, plan, now_seconds)
         self._note_first_tokens(now_seconds)
         self.note_ended(requests, now_seconds)
-        known = self._known
-        live = [request for request in running if request.request_id in known]
         state.progress.SetInParent()
-        if live:
-            progress = state.progress
-            progress.request_numbers.extend([known[r.request_id].number for r in live])
-            progress.computed_prompt_tokens.extend(
-                [min(r.num_computed_tokens, r.num_prompt_tokens) for r in live]
-            )
-            progress.generated_tokens.extend([r.num_output_tokens for r in live])
+        self._write_progress(state.progress, running)
         state.queued.CopyFrom(self._queued())
         state.kv_cache.usage_ratio = min(max(kv_usage_ratio, 0.0), 1.0)
         if plan.draft_tokens_count:
             state.speculative_decoding.draft_tokens_count = plan.draft_tokens_count
         self._hand_over_events(state, now_seconds)
         return state
+
+    def _write_progress(self, progress: engine_pb2.RequestProgress, running: Iterable[Any]) -> None:
+        known = self._known
+        live = [request for request in running if request.request_id in known]
+        computed = map(min, map(_COMPUTED, live), map(_PROMPT, live))
+        progress.request_numbers.extend([known[each.request_id].number for each in live])
+        progress.computed_prompt_tokens.extend(computed)
+        progress.generated_tokens.extend(map(_GENERATED, live))
 
     def heartbeat(self, now_seconds: float) -> engine_pb2.IterationState | None:
         """What has happened between steps; None when nothing has."""
@@ -212,6 +217,13 @@ class SchedulerTap:
         decode_tokens = 0
         cached = output.scheduled_cached_reqs
         resumed = getattr(cached, "resumed_req_ids", ())
+        outputs = cached.num_output_tokens
+        if (
+            len(outputs) == len(scheduled) == sum(scheduled.values())
+            and not resumed
+            and all(outputs)
+        ):  # one token for each, and each has an answer under way: nearly every step
+            return _decode_work(cached.num_computed_tokens)
         for identifier, context, generated in zip(
             cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=False
         ):
@@ -325,6 +337,14 @@ class SchedulerTap:
             event.age_seconds = max(now_seconds - event_seconds, 0.0)
         state.request_events.extend([event for _, event in self._events])
         self._events.clear()
+
+
+def _decode_work(contexts: list[int]) -> engine_pb2.ScheduledRequests:
+    return engine_pb2.ScheduledRequests(
+        num_decode_requests=len(contexts),
+        sum_decode_kv_tokens=sum(contexts),
+        var_decode_kv_tokens=_variance(contexts),
+    )
 
 
 def _prompt(requests: Mapping[str, Any], identifier: str) -> int:

@@ -38,6 +38,7 @@ _SLOS: Final = ("ttft_seconds", "tbt_seconds", "tpot_seconds", "e2e_seconds")
 #: A scrape tells of many iterations at once; all of them are to reach the daemon.
 _COMPLETED_STATES: Final = 2048
 _HTTP_SECONDS: Final = 5.0
+_CONNECT_SECONDS: Final = 5.0
 
 _log = logging.getLogger("throttle.bridge")
 
@@ -241,6 +242,7 @@ def _reporter(
         raise ThrottleError(str(error)) from None
     # what a page tells of an arrival comes too late to wake a parked GPU
     reporter = Reporter(client, tells_arrivals=False)
+    client.wait_until_connected(_CONNECT_SECONDS)  # what comes before is lost
     try:
         yield reporter
     finally:

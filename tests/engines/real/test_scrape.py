@@ -9,7 +9,7 @@ import pytest
 
 from tests.engines.real.processes import GPU_UUID, Process, VllmServer, make_model, until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 
 def test_scraped_states_hold_the_servers_own_counts(tmp_path, vllm_environment, daemon):

@@ -10,7 +10,7 @@ import pytest
 from tests.engines.real.processes import GPU_UUID, VllmServer, make_model, until
 from throttle.v1 import engine_pb2
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 ADAPTERS = {
     "stat_logger": (),

@@ -19,13 +19,15 @@ ALLOWED = {
     "throttle.control": {"predictors", "throttle.errors"},
     "throttle.testing": {"predictors"},
     "throttle.actuation": {"throttle.errors"},
-    "throttle.client": {"throttle.v1"},
+    "throttle.outbox": {"throttle.v1"},
+    "throttle.client": {"throttle.outbox", "throttle.v1"},
     "throttle.asyncio_client": {"throttle.client", "throttle.v1"},
     "throttle.credentials": set(),
     "throttle.engines": {
         "throttle.asyncio_client",
         "throttle.client",
         "throttle.credentials",
+        "throttle.outbox",
         "throttle.v1",
     },
     "throttle.simulation": {

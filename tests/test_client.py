@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from throttle.client import ClientStatistics, ReconnectBackoff, ThrottleClient
+from throttle.outbox import CARRIED_EVENTS_LIMIT, Outbox
 from throttle.v1 import (
     decision_pb2,
     engine_pb2,
@@ -397,7 +398,7 @@ def test_without_a_daemon_no_line_forms(server, connect):
     client = connect()
     for number in range(1, 101):
         client.submit(completed(number, (ARRIVED, number, 0.0)))
-    assert len(client._pending) == 1
+    assert len(client._outbox) == 1
     server.start()
     stream = server.stream().accept()
     message = stream.read()
@@ -414,7 +415,7 @@ def test_a_lost_stream_keeps_the_newest_of_the_line_and_every_request(server, co
         for number in range(1, 6):
             client.submit(completed(number, (ARRIVED, number, 0.0)))
         client._disconnect()
-        assert [each.state.sequence_number for each in client._pending] == [5]
+        assert len(client._outbox) == 1
     stream.end()
     message = server.stream().accept().read()
     assert message.sequence_number == 5
@@ -429,29 +430,26 @@ def test_a_lost_stream_keeps_the_newest_of_the_line_and_every_request(server, co
 )
 def test_every_event_is_sent_exactly_once_and_in_order(steps, limit):
     """Any mix of plans and completed iterations, sent at any pace, without a network."""
-    client = ThrottleClient(registration(), "unix:/nowhere/at-all", completed_states_limit=limit)
-    client.close(0.0)
-    client._closed = False
-    client._accepted = throttle_service_pb2.RegistrationAccepted()
+    outbox = Outbox(CARRIED_EVENTS_LIMIT, limit)
     arrived, told, numbers = 0, [], []
 
     def send():
-        message = client._compose(client._pending.popleft(), replay=False)
+        message = outbox.take(replay=False)
         numbers.append(message.sequence_number)
         told.extend(event.request_number for event in message.request_events)
         assert all(event.age_seconds >= 0 for event in message.request_events)
 
     for number, (is_completed, events, sends) in enumerate(steps, start=1):
         make = completed if is_completed else state
-        client.submit(make(number, *((ARRIVED, arrived + k + 1, 0.0) for k in range(events))))
+        message = make(number, *((ARRIVED, arrived + k + 1, 0.0) for k in range(events)))
+        assert not outbox.put(message, connected=True)
         arrived += events
         if sends:
             send()
-    while client._pending:
+    while not outbox.empty:
         send()
     assert told == list(range(1, arrived + 1))
     assert numbers == sorted(set(numbers))
     assert numbers[-1] == len(steps)
-    assert client._carried_count == 0
-    statistics = client.statistics
-    assert len(numbers) + statistics.overtaken_count == len(steps)
+    assert outbox._carried_count == 0
+    assert len(numbers) + outbox.overtaken_count == len(steps)

@@ -36,42 +36,21 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import grpc
 
+from throttle.outbox import CARRIED_EVENTS_LIMIT, COMPLETED_STATES_LIMIT, Outbox
 from throttle.v1 import engine_pb2, throttle_service_pb2, throttle_service_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from typing import TypeAlias
 
     from throttle.v1 import decision_pb2
 
-    #: Engine time of an event, and the event.
-    _StampedEvent: TypeAlias = tuple[float, engine_pb2.RequestEvent]
-
 #: Where `throttle serve` listens unless told otherwise.
 DEFAULT_TARGET = "unix:///run/throttle/throttle.sock"
-
-#: Most events of overtaken states that wait for a slow stream. Beyond it the client starts a new
-#: stream, which tells the daemon of every live request anew, so that nothing is lost.
-CARRIED_EVENTS_LIMIT = 16_384
-
-#: Most completed iterations that wait for a slow stream; beyond it the oldest is dropped. They are
-#: what predictors learn from. Of other states only the newest waits.
-COMPLETED_STATES_LIMIT = 64
-
-#: Most unfinished requests remembered for a new stream; beyond it the oldest is forgotten. An
-#: engine that reports the end of its requests stays far below.
-LIVE_REQUESTS_LIMIT = 65_536
-
-_ENDED = (
-    engine_pb2.REQUEST_EVENT_KIND_FINISHED,
-    engine_pb2.REQUEST_EVENT_KIND_ABORTED,
-)
 
 _log = logging.getLogger("throttle.client")
 
@@ -130,20 +109,6 @@ class ClientStatistics:
     reconnects_count: int
 
 
-class _Pending:
-    """A state that waits to be sent, and the events of those it overtook."""
-
-    __slots__ = ("earlier", "state")
-
-    def __init__(self, state: engine_pb2.IterationState) -> None:
-        self.state = state
-        self.earlier: list[_StampedEvent] = []
-
-    def own_events(self) -> list[_StampedEvent]:
-        now = self.state.engine_time_seconds
-        return [(now - event.age_seconds, event) for event in self.state.request_events]
-
-
 class ThrottleClient:
     """One engine's stream to the throttling service.
 
@@ -181,8 +146,9 @@ class ThrottleClient:
             metadata: Further metadata of each stream.
             channel_options: Further gRPC channel options; they win over the client's own.
             backoff: Waits between tries.
-            carried_events_limit: See `CARRIED_EVENTS_LIMIT`.
-            completed_states_limit: See `COMPLETED_STATES_LIMIT`; 0 keeps only the newest state.
+            carried_events_limit: See `throttle.outbox.CARRIED_EVENTS_LIMIT`.
+            completed_states_limit: See `throttle.outbox.COMPLETED_STATES_LIMIT`; 0 keeps only the
+                newest state.
             on_change: Called on the client's threads after each decision, acceptance and end of a
                 stream; must return at once.
             draw: Random numbers in [0, 1) for the jitter.
@@ -201,12 +167,6 @@ class ThrottleClient:
             raise ValueError("registration.gpu_uuids is empty; allowed: at least one GPU UUID")
         if not target:
             raise ValueError(f"target is empty; allowed: a gRPC target such as {DEFAULT_TARGET}")
-        if carried_events_limit < 1:
-            raise ValueError(f"carried_events_limit is {carried_events_limit}; allowed: 1 or more")
-        if completed_states_limit < 0:
-            raise ValueError(
-                f"completed_states_limit is {completed_states_limit}; allowed: 0 or more"
-            )
         self._registration = engine_pb2.EngineRegistration()
         self._registration.CopyFrom(registration)
         self._target = target
@@ -214,8 +174,6 @@ class ThrottleClient:
         self._metadata = (*metadata, *((("authorization", f"Bearer {token}"),) if token else ()))
         self._options = _channel_options(target, channel_options)
         self._backoff = backoff if backoff is not None else ReconnectBackoff()
-        self._carried_events_limit = carried_events_limit
-        self._completed_states_limit = completed_states_limit
         self._on_change = on_change
         self._draw = draw
 
@@ -223,16 +181,13 @@ class ThrottleClient:
         # condition's own methods are Python, and cost several times as much.
         self._lock = threading.RLock()
         self._mailbox = threading.Condition(self._lock)
-        self._pending: deque[_Pending] = deque()
-        self._carried_count = 0
-        self._live: dict[int, dict[int, tuple[float, engine_pb2.RequestEvent]]] = {}
+        self._outbox = Outbox(carried_events_limit, completed_states_limit)
         self._stream_number = 0
         self._accepted: throttle_service_pb2.RegistrationAccepted | None = None
         self._call: grpc.Call | None = None
         self._closed = False
         self._submitted_count = 0
         self._sent_count = 0
-        self._overtaken_count = 0
         self._refused_count = 0
         self._accepted_count = 0
         self._last_error = ""
@@ -254,15 +209,13 @@ class ThrottleClient:
             if not isinstance(state, engine_pb2.IterationState):
                 self._refused_count += 1
                 return
-            restart = None
+            restart: grpc.Call | None = None
             with self._lock:
                 if self._closed:
                     return
                 self._submitted_count += 1
-                pending = _Pending(state)
-                if self._pending:
-                    restart = self._line_up(pending)
-                self._pending.append(pending)
+                if self._outbox.put(state, connected=self._accepted is not None):
+                    restart = self._call
                 self._mailbox.notify_all()
             if restart is not None:
                 restart.cancel()
@@ -296,7 +249,7 @@ class ThrottleClient:
             return ClientStatistics(
                 submitted_count=self._submitted_count,
                 sent_count=self._sent_count,
-                overtaken_count=self._overtaken_count,
+                overtaken_count=self._outbox.overtaken_count,
                 refused_count=self._refused_count,
                 decisions_count=self._decisions_count,
                 reconnects_count=max(0, self._accepted_count - 1),
@@ -313,8 +266,8 @@ class ThrottleClient:
     def wait_until_sent(self, timeout_seconds: float) -> bool:
         """Wait until no state waits for the stream; for tools, not for engines."""
         with self._mailbox:
-            self._mailbox.wait_for(lambda: not self._pending or self._closed, timeout_seconds)
-            return not self._pending
+            self._mailbox.wait_for(lambda: self._outbox.empty or self._closed, timeout_seconds)
+            return self._outbox.empty
 
     def wait_for_decision(
         self, sequence_number: int, timeout_seconds: float
@@ -420,7 +373,7 @@ class ThrottleClient:
             return (
                 self._closed
                 or self._stream_number != stream_number
-                or (self._accepted is not None and bool(self._pending))
+                or (self._accepted is not None and not self._outbox.empty)
             )
 
         while True:
@@ -429,8 +382,8 @@ class ThrottleClient:
                 if self._closed or self._stream_number != stream_number:
                     return
                 self._sent_count += 1
-                state = self._compose(self._pending.popleft(), replay=first)
-                if not self._pending:
+                state = self._outbox.take(replay=first)
+                if self._outbox.empty:
                     self._mailbox.notify_all()
             first = False
             yield throttle_service_pb2.StreamIterationsRequest(state=state)
@@ -455,11 +408,7 @@ class ThrottleClient:
         with self._mailbox:
             self._accepted = None
             self._stream_number += 1  # ends the request iterator of the old stream
-            while len(self._pending) > 1:  # the newest alone is worth a new stream's time
-                self._overtaken_count += 1
-                self._forget(self._pending.popleft())
-            for pending in self._pending:
-                self._remember_earlier(pending)
+            self._outbox.disconnect()
             self._mailbox.notify_all()
         self._changed()
 
@@ -471,84 +420,6 @@ class ThrottleClient:
         if text != self._last_error and not self._closed:  # once, not at each try
             _log.warning("no throttling by %s: %s", self._target, text)
         self._last_error = text
-
-    # Request events; called with the mailbox held.
-
-    def _line_up(self, newer: _Pending) -> grpc.Call | None:
-        """Make room for a newer state; returns a stream to cancel, or None."""
-        if self._accepted is None:
-            self._overtaken_count += 1
-            self._forget(self._pending.pop())
-            return None
-        if self._pending[-1].state.phase != engine_pb2.ITERATION_PHASE_COMPLETED:
-            newer.earlier = self._overtake(self._pending.pop())
-        elif len(self._pending) > self._completed_states_limit - 1:
-            earlier = self._overtake(self._pending.popleft())
-            following = self._pending[0] if self._pending else newer
-            following.earlier = earlier + following.earlier
-        return self._call if self._carried_count > self._carried_events_limit else None
-
-    def _overtake(self, overtaken: _Pending) -> list[_StampedEvent]:
-        """The events that the state after this one has to bring along."""
-        self._overtaken_count += 1
-        events = overtaken.own_events()
-        self._carried_count += len(events)
-        return overtaken.earlier + events
-
-    def _forget(self, pending: _Pending) -> None:
-        """Drop a state; a new stream will tell of the requests that it spoke of."""
-        self._remember_earlier(pending)
-        for event_time, event in pending.own_events():
-            self._remember(event_time, event)
-
-    def _remember_earlier(self, pending: _Pending) -> None:
-        self._carried_count -= len(pending.earlier)
-        for event_time, event in pending.earlier:
-            self._remember(event_time, event)
-        pending.earlier = []
-
-    def _compose(self, pending: _Pending, *, replay: bool) -> engine_pb2.IterationState:
-        """The message to send: the state, before its own events those it has to bring along."""
-        earlier: list[_StampedEvent] = []
-        if replay:
-            known = (stamped for kinds in self._live.values() for stamped in kinds.values())
-            earlier.extend(sorted(known, key=lambda stamped: stamped[0]))
-        earlier.extend(pending.earlier)
-        composed = _with_earlier_events(pending.state, earlier) if earlier else pending.state
-        self._forget(pending)
-        return composed
-
-    def _remember(self, event_time: float, event: engine_pb2.RequestEvent) -> None:
-        number = event.request_number
-        if event.kind in _ENDED:
-            self._live.pop(number, None)
-            return
-        if event.kind == engine_pb2.REQUEST_EVENT_KIND_ARRIVED:
-            kinds = self._live.setdefault(number, {})
-            if len(self._live) > LIVE_REQUESTS_LIMIT:
-                del self._live[next(iter(self._live))]
-        elif number in self._live:
-            kinds = self._live[number]
-        else:
-            return
-        copy = engine_pb2.RequestEvent()  # a reference would keep the whole old state in memory
-        copy.CopyFrom(event)
-        kinds[event.kind] = (event_time, copy)
-
-
-def _with_earlier_events(
-    state: engine_pb2.IterationState, earlier: list[tuple[float, engine_pb2.RequestEvent]]
-) -> engine_pb2.IterationState:
-    composed = engine_pb2.IterationState()
-    composed.CopyFrom(state)
-    del composed.request_events[:]
-    for event_time, event in earlier:
-        copy = composed.request_events.add()
-        copy.CopyFrom(event)
-        # also turns the age of an event with an absurd time into one that the daemon accepts
-        copy.age_seconds = max(0.0, state.engine_time_seconds - event_time)
-    composed.request_events.extend(state.request_events)
-    return composed
 
 
 def _channel_options(target: str, extra: Sequence[tuple[str, object]]) -> list[tuple[str, object]]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from throttle.client import COMPLETED_STATES_LIMIT, ThrottleClient
+from throttle.client import ThrottleClient
 from throttle.credentials import read_token, tls_credentials
+from throttle.outbox import COMPLETED_STATES_LIMIT
 from throttle.v1 import engine_pb2
 
 if TYPE_CHECKING:

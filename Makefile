@@ -4,7 +4,7 @@ BIN := .venv/bin
 SHELL := /bin/bash
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-slow test-safety test-container test-soak test-threats test-gpu metrics-page audit sbom screenshots lint types check format proto proto-environment lock models results clean
+.PHONY: help demo test test-slow test-safety test-container test-soak test-threats test-gpu test-vllm test-scrape test-dynamo metrics-page audit sbom screenshots lint types check format proto proto-environment lock models results clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,7 +32,7 @@ demo: .stamp-run  ## ten minutes of a real trace on one simulated GPU, at maximu
 	$(BIN)/throttle demo --out out/demo
 
 test: .stamp-dev .stamp-proto  ## unit, property and integration tests
-	$(BIN)/pytest -m "not slow and not container"
+	$(BIN)/pytest -m "not slow and not container and not engine"
 
 test-slow: .stamp-dev  ## the tests that take long
 	$(BIN)/pytest -m slow
@@ -51,6 +51,26 @@ test-gpu: .stamp-dev  ## what is read of a GPU: a real one where there is one, a
 
 test-safety: .stamp-dev  ## crash matrix, 10,000 random sequences, five minutes of noise at each door (at most 30 minutes)
 	TEST_SAFETY=1 timeout 1800 $(BIN)/pytest tests/safety
+
+# Real engines, each in an environment of its own that is made once. Big downloads: the tests skip
+# and say why where one is not possible.
+.stamp-vllm: scripts/engine_environments.sh
+	scripts/engine_environments.sh vllm "$(PYTHON)" && touch $@
+
+.stamp-dynamo: scripts/engine_environments.sh
+	scripts/engine_environments.sh dynamo "$(PYTHON)" && touch $@
+
+test-vllm: .stamp-dev  ## a real vLLM on the CPU with both adapters (3 GB of downloads, ten minutes)
+	-@$(MAKE) --no-print-directory .stamp-vllm
+	$(BIN)/pytest -m engine tests/engines/real/test_vllm.py tests/engines/real/test_environment.py -ra
+
+test-scrape: .stamp-dev  ## the /metrics of a real vLLM into the scrape bridge
+	-@$(MAKE) --no-print-directory .stamp-vllm
+	$(BIN)/pytest -m engine tests/engines/real/test_scrape.py -ra
+
+test-dynamo: .stamp-dev  ## the real Dynamo mocker into the ForwardPassMetrics bridge
+	-@$(MAKE) --no-print-directory .stamp-dynamo
+	$(BIN)/pytest -m engine tests/engines/real/test_dynamo.py -ra
 
 lint: .stamp-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from predictors import routed_experts
 from predictors.bundle import load_bundle, resolve_bundle
 from predictors.errors import PredictorsError
 
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show what a bundle is")
     inspect.add_argument("bundle", type=Path, metavar="DIR")
     inspect.set_defaults(run=_inspect)
+    routed_experts.add_parser(commands)
     return parser
 
 

@@ -8,8 +8,8 @@ compile() { # compile OUTPUT ARGUMENTS...
     --no-emit-find-links --no-header --quiet --output-file "$output" "$@"
 }
 # What make demo installs, what make test adds, and what regenerates the stubs (an older protobuf, so apart).
-compile requirements/dev.lock --extra daemon --extra fast --extra train --extra search --extra tracing --group build --group test --group types --group lint "$@"
-compile requirements/run.lock --extra daemon --extra fast --extra train --group build --constraint requirements/dev.lock "$@"
+compile requirements/dev.lock --extra bridge --extra daemon --extra fast --extra train --extra search --extra tracing --group build --group test --group types --group lint "$@"
+compile requirements/run.lock --extra bridge --extra daemon --extra fast --extra train --group build --constraint requirements/dev.lock "$@"
 # What the container image installs.
 compile requirements/image.lock --extra daemon --extra tracing --constraint requirements/dev.lock "$@"
 uv pip compile --group build --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

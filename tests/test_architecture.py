@@ -19,7 +19,17 @@ ALLOWED = {
     "throttle.control": {"predictors", "throttle.errors"},
     "throttle.testing": {"predictors"},
     "throttle.actuation": {"throttle.errors"},
-    "throttle.client": {"throttle.v1"},
+    "throttle.outbox": {"throttle.v1"},
+    "throttle.client": {"throttle.outbox", "throttle.v1"},
+    "throttle.asyncio_client": {"throttle.client", "throttle.v1"},
+    "throttle.credentials": set(),
+    "throttle.engines": {
+        "throttle.asyncio_client",
+        "throttle.client",
+        "throttle.credentials",
+        "throttle.outbox",
+        "throttle.v1",
+    },
     "throttle.simulation": {
         "predictors",
         "throttle.control",
@@ -40,7 +50,9 @@ ALLOWED = {
         "throttle.actuation",
         "throttle.client",
         "throttle.control",
+        "throttle.credentials",
         "throttle.daemon",
+        "throttle.engines",
         "throttle.errors",
         "throttle.simulation",
         "throttle.v1",
@@ -53,6 +65,7 @@ FORBIDDEN = {
     "throttle.control": {"grpc", "google", "pynvml", "pandas", "xgboost", "time", "random"},
     "throttle.actuation": {"grpc", "google", "numpy", "pandas", "xgboost"},
     "predictors": {"grpc", "google", "pynvml"},
+    "throttle.engines": {"numpy", "pandas", "xgboost", "structlog", "pynvml"},
 }
 
 
@@ -126,7 +139,12 @@ class Nothing:
 
 
 sys.meta_path.insert(0, Nothing())
+import throttle.asyncio_client
 import throttle.client
+import throttle.credentials
+import throttle.engines.vllm_registration
+import throttle.engines.vllm_schedule
+import throttle.engines.vllm_statistics
 
 loaded = {name.split(".")[0] for name in sys.modules}
 assert "grpc" in loaded

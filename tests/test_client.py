@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from throttle.client import ClientStatistics, ReconnectBackoff, ThrottleClient
+from throttle.outbox import CARRIED_EVENTS_LIMIT, Outbox
 from throttle.v1 import (
     decision_pb2,
     engine_pb2,
@@ -347,3 +348,108 @@ def test_the_backoff_doubles_up_to_its_maximum_less_the_jitter(failures, draw):
     delay = backoff.delay_seconds(failures, draw)
     full = min(5.0, 0.1 * 2.0 ** (failures - 1)) if failures < 60 else 5.0
     assert full * 0.5 <= delay <= full
+
+
+def completed(number, *events, time=None):
+    message = state(number, *events, time=time)
+    message.phase = engine_pb2.ITERATION_PHASE_COMPLETED
+    message.iteration_duration_seconds = 0.01
+    return message
+
+
+def test_completed_iterations_wait_in_line_and_only_plans_are_overtaken(server, connect):
+    server.start()
+    client = connect()
+    stream = server.stream().accept()
+    assert client.wait_until_connected(DEADLINE_SECONDS)
+    with client._mailbox:
+        client.submit(completed(1, (ARRIVED, 1, 0.0)))
+        client.submit(state(2, (ARRIVED, 2, 0.0)))
+        client.submit(completed(3, (FIRST_TOKEN, 1, 0.0)))
+        client.submit(completed(4))
+    assert stream.read() == completed(1, (ARRIVED, 1, 0.0))
+    third = stream.read()
+    assert third.sequence_number == 3
+    assert events_of(third) == [(ARRIVED, 2, 1.0), (FIRST_TOKEN, 1, 0.0)]
+    assert stream.read() == completed(4)
+    assert client.wait_until_sent(DEADLINE_SECONDS)
+    statistics = client.statistics
+    assert (statistics.sent_count, statistics.overtaken_count) == (3, 1)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_beyond_its_limit_the_line_drops_the_oldest_and_no_event(server, connect, limit):
+    server.start()
+    client = connect(completed_states_limit=limit)
+    stream = server.stream().accept()
+    assert client.wait_until_connected(DEADLINE_SECONDS)
+    with client._mailbox:
+        for number in range(1, 11):
+            client.submit(completed(number, (ARRIVED, number, 0.0)))
+    kept = max(limit, 1)
+    read = [stream.read() for _ in range(kept)]
+    assert [message.sequence_number for message in read] == list(range(11 - kept, 11))
+    told = [event.request_number for message in read for event in message.request_events]
+    assert told == list(range(1, 11))
+    assert client.statistics.overtaken_count == 10 - kept
+
+
+def test_without_a_daemon_no_line_forms(server, connect):
+    client = connect()
+    for number in range(1, 101):
+        client.submit(completed(number, (ARRIVED, number, 0.0)))
+    assert len(client._outbox) == 1
+    server.start()
+    stream = server.stream().accept()
+    message = stream.read()
+    assert message.sequence_number == 100
+    assert len(message.request_events) == 100
+
+
+def test_a_lost_stream_keeps_the_newest_of_the_line_and_every_request(server, connect):
+    server.start()
+    client = connect()
+    stream = server.stream().accept()
+    assert client.wait_until_connected(DEADLINE_SECONDS)
+    with client._mailbox:
+        for number in range(1, 6):
+            client.submit(completed(number, (ARRIVED, number, 0.0)))
+        client._disconnect()
+        assert len(client._outbox) == 1
+    stream.end()
+    message = server.stream().accept().read()
+    assert message.sequence_number == 5
+    assert [event.request_number for event in message.request_events] == [1, 2, 3, 4, 5]
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.booleans(), st.integers(0, 3), st.booleans()), min_size=1, max_size=60
+    ),
+    limit=st.integers(0, 4),
+)
+def test_every_event_is_sent_exactly_once_and_in_order(steps, limit):
+    """Any mix of plans and completed iterations, sent at any pace, without a network."""
+    outbox = Outbox(CARRIED_EVENTS_LIMIT, limit)
+    arrived, told, numbers = 0, [], []
+
+    def send():
+        message = outbox.take(replay=False)
+        numbers.append(message.sequence_number)
+        told.extend(event.request_number for event in message.request_events)
+        assert all(event.age_seconds >= 0 for event in message.request_events)
+
+    for number, (is_completed, events, sends) in enumerate(steps, start=1):
+        make = completed if is_completed else state
+        message = make(number, *((ARRIVED, arrived + k + 1, 0.0) for k in range(events)))
+        assert not outbox.put(message, connected=True)
+        arrived += events
+        if sends:
+            send()
+    while not outbox.empty:
+        send()
+    assert told == list(range(1, arrived + 1))
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] == len(steps)
+    assert outbox._carried_count == 0
+    assert len(numbers) + outbox.overtaken_count == len(steps)

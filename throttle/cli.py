@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "release": "return GPUs to default clocks now",
     "token": "make a token for one caller",
     "reset": "return GPUs to default clocks without a daemon",
+    "bridge": "report an engine from outside it: ForwardPassMetrics, statistics or /metrics",
     "demo": "play a real trace on a simulated GPU, at maximum clock and throttled",
     "simulate": "play simulated engines in real time beside a daemon",
     "profile": "drive clocks over an exploration plan and record iterations",
@@ -63,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = parsed.run(parsed)
     except ModuleNotFoundError as error:
         return _fail(
-            f"{error.name} is not installed; install moe-throttle[daemon] (and [train] for "
-            "recordings, profiles and the demo)"
+            f"{error.name} is not installed; install moe-throttle[daemon] ([train] for "
+            "recordings, profiles and the demo, [bridge] for bridges)"
         )
     except Exception as error:
         if not _is_ours(error):

@@ -36,12 +36,12 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import grpc
 
+from throttle.outbox import CARRIED_EVENTS_LIMIT, COMPLETED_STATES_LIMIT, Outbox
 from throttle.v1 import engine_pb2, throttle_service_pb2, throttle_service_pb2_grpc
 
 if TYPE_CHECKING:
@@ -51,19 +51,6 @@ if TYPE_CHECKING:
 
 #: Where `throttle serve` listens unless told otherwise.
 DEFAULT_TARGET = "unix:///run/throttle/throttle.sock"
-
-#: Most events of overtaken states that wait for a slow stream. Beyond it the client starts a new
-#: stream, which tells the daemon of every live request anew, so that nothing is lost.
-CARRIED_EVENTS_LIMIT = 16_384
-
-#: Most unfinished requests remembered for a new stream; beyond it the oldest is forgotten. An
-#: engine that reports the end of its requests stays far below.
-LIVE_REQUESTS_LIMIT = 65_536
-
-_ENDED = (
-    engine_pb2.REQUEST_EVENT_KIND_FINISHED,
-    engine_pb2.REQUEST_EVENT_KIND_ABORTED,
-)
 
 _log = logging.getLogger("throttle.client")
 
@@ -107,8 +94,8 @@ class ClientStatistics:
     Attributes:
         submitted_count: States handed in.
         sent_count: States given to a stream.
-        overtaken_count: States that a newer one replaced before they were sent; their events were
-            carried over.
+        overtaken_count: States dropped because newer ones came before they were sent; their events
+            were carried over.
         refused_count: Submissions that were no `IterationState`; dropped.
         decisions_count: Decisions received.
         reconnects_count: Streams accepted after the first one.
@@ -125,10 +112,11 @@ class ClientStatistics:
 class ThrottleClient:
     """One engine's stream to the throttling service.
 
-    A background thread owns the channel and the stream. States pass through a mailbox of one slot
-    in which the newest wins; request events of an overtaken state travel with the newer one. After
-    a reconnect the client registers again and tells the daemon of every unfinished request with its
-    true age.
+    A background thread owns the channel and the stream. States pass through a mailbox in which the
+    newest wins: it replaces a plan or heartbeat that was not sent yet, whose request events travel
+    with it. Completed iterations are not replaced but wait in a short line, because they teach the
+    predictors; without a daemon none waits. After a reconnect the client registers again and tells
+    the daemon of every unfinished request with its true age.
 
     Create it in the process that runs the scheduler: a stream does not survive a fork.
     """
@@ -144,6 +132,8 @@ class ThrottleClient:
         channel_options: Sequence[tuple[str, object]] = (),
         backoff: ReconnectBackoff | None = None,
         carried_events_limit: int = CARRIED_EVENTS_LIMIT,
+        completed_states_limit: int = COMPLETED_STATES_LIMIT,
+        on_change: Callable[[], None] | None = None,
         draw: Callable[[], float] = random.random,
     ) -> None:
         """Start connecting in the background and return at once.
@@ -156,7 +146,11 @@ class ThrottleClient:
             metadata: Further metadata of each stream.
             channel_options: Further gRPC channel options; they win over the client's own.
             backoff: Waits between tries.
-            carried_events_limit: See `CARRIED_EVENTS_LIMIT`.
+            carried_events_limit: See `throttle.outbox.CARRIED_EVENTS_LIMIT`.
+            completed_states_limit: See `throttle.outbox.COMPLETED_STATES_LIMIT`; 0 keeps only the
+                newest state.
+            on_change: Called on the client's threads after each decision, acceptance and end of a
+                stream; must return at once.
             draw: Random numbers in [0, 1) for the jitter.
 
         Raises:
@@ -173,8 +167,6 @@ class ThrottleClient:
             raise ValueError("registration.gpu_uuids is empty; allowed: at least one GPU UUID")
         if not target:
             raise ValueError(f"target is empty; allowed: a gRPC target such as {DEFAULT_TARGET}")
-        if carried_events_limit < 1:
-            raise ValueError(f"carried_events_limit is {carried_events_limit}; allowed: 1 or more")
         self._registration = engine_pb2.EngineRegistration()
         self._registration.CopyFrom(registration)
         self._target = target
@@ -182,20 +174,20 @@ class ThrottleClient:
         self._metadata = (*metadata, *((("authorization", f"Bearer {token}"),) if token else ()))
         self._options = _channel_options(target, channel_options)
         self._backoff = backoff if backoff is not None else ReconnectBackoff()
-        self._carried_events_limit = carried_events_limit
+        self._on_change = on_change
         self._draw = draw
 
-        self._mailbox = threading.Condition()  # guards what follows, up to the next condition
-        self._pending: engine_pb2.IterationState | None = None
-        self._carried: deque[tuple[float, engine_pb2.RequestEvent]] = deque()
-        self._live: dict[int, dict[int, tuple[float, engine_pb2.RequestEvent]]] = {}
+        # The lock guards what follows, up to the next condition. `submit` takes it by itself: a
+        # condition's own methods are Python, and cost several times as much.
+        self._lock = threading.RLock()
+        self._mailbox = threading.Condition(self._lock)
+        self._outbox = Outbox(carried_events_limit, completed_states_limit)
         self._stream_number = 0
         self._accepted: throttle_service_pb2.RegistrationAccepted | None = None
         self._call: grpc.Call | None = None
         self._closed = False
         self._submitted_count = 0
         self._sent_count = 0
-        self._overtaken_count = 0
         self._refused_count = 0
         self._accepted_count = 0
         self._last_error = ""
@@ -217,14 +209,13 @@ class ThrottleClient:
             if not isinstance(state, engine_pb2.IterationState):
                 self._refused_count += 1
                 return
-            restart = None
-            with self._mailbox:
+            restart: grpc.Call | None = None
+            with self._lock:
                 if self._closed:
                     return
                 self._submitted_count += 1
-                if self._pending is not None:
-                    restart = self._overtake(self._pending)
-                self._pending = state
+                if self._outbox.put(state, connected=self._accepted is not None):
+                    restart = self._call
                 self._mailbox.notify_all()
             if restart is not None:
                 restart.cancel()
@@ -258,7 +249,7 @@ class ThrottleClient:
             return ClientStatistics(
                 submitted_count=self._submitted_count,
                 sent_count=self._sent_count,
-                overtaken_count=self._overtaken_count,
+                overtaken_count=self._outbox.overtaken_count,
                 refused_count=self._refused_count,
                 decisions_count=self._decisions_count,
                 reconnects_count=max(0, self._accepted_count - 1),
@@ -271,6 +262,12 @@ class ThrottleClient:
                 lambda: self._accepted is not None or self._closed, timeout_seconds
             )
             return self._accepted is not None
+
+    def wait_until_sent(self, timeout_seconds: float) -> bool:
+        """Wait until no state waits for the stream; for tools, not for engines."""
+        with self._mailbox:
+            self._mailbox.wait_for(lambda: self._outbox.empty or self._closed, timeout_seconds)
+            return self._outbox.empty
 
     def wait_for_decision(
         self, sequence_number: int, timeout_seconds: float
@@ -376,18 +373,18 @@ class ThrottleClient:
             return (
                 self._closed
                 or self._stream_number != stream_number
-                or (self._accepted is not None and self._pending is not None)
+                or (self._accepted is not None and not self._outbox.empty)
             )
 
         while True:
             with self._mailbox:
                 self._mailbox.wait_for(due)
-                state = self._pending
-                if self._closed or self._stream_number != stream_number or state is None:
+                if self._closed or self._stream_number != stream_number:
                     return
-                self._pending = None
                 self._sent_count += 1
-                state = self._compose(state, replay=first)
+                state = self._outbox.take(replay=first)
+                if self._outbox.empty:
+                    self._mailbox.notify_all()
             first = False
             yield throttle_service_pb2.StreamIterationsRequest(state=state)
 
@@ -397,6 +394,7 @@ class ThrottleClient:
             self._accepted_count += 1
             self._last_error = ""
             self._mailbox.notify_all()
+        self._changed()
         _log.info("connected to %s as %s", self._target, accepted.registration_id)
 
     def _receive(self, decision: decision_pb2.Decision) -> None:
@@ -404,83 +402,24 @@ class ThrottleClient:
             self._latest_decision = decision
             self._decisions_count += 1
             self._answers.notify_all()
+        self._changed()
 
     def _disconnect(self) -> None:
         with self._mailbox:
             self._accepted = None
             self._stream_number += 1  # ends the request iterator of the old stream
-            while self._carried:
-                self._remember(*self._carried.popleft())
+            self._outbox.disconnect()
             self._mailbox.notify_all()
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change()
 
     def _note_error(self, text: str) -> None:
         if text != self._last_error and not self._closed:  # once, not at each try
             _log.warning("no throttling by %s: %s", self._target, text)
         self._last_error = text
-
-    # Request events; called with the mailbox held.
-
-    def _overtake(self, state: engine_pb2.IterationState) -> grpc.Call | None:
-        """Keep the events of a state that is not sent; returns a stream to cancel, or None."""
-        self._overtaken_count += 1
-        events = [
-            (state.engine_time_seconds - event.age_seconds, event) for event in state.request_events
-        ]
-        if self._accepted is None:
-            for event_time, event in events:
-                self._remember(event_time, event)
-            return None
-        self._carried.extend(events)
-        return self._call if len(self._carried) > self._carried_events_limit else None
-
-    def _compose(
-        self, state: engine_pb2.IterationState, *, replay: bool
-    ) -> engine_pb2.IterationState:
-        """The message to send: the state, before its own events those it has to bring along."""
-        now = state.engine_time_seconds
-        earlier: list[tuple[float, engine_pb2.RequestEvent]] = []
-        if replay:
-            known = (stamped for kinds in self._live.values() for stamped in kinds.values())
-            earlier.extend(sorted(known, key=lambda stamped: stamped[0]))
-        earlier.extend(self._carried)
-        composed = _with_earlier_events(state, earlier) if earlier else state
-        while self._carried:
-            self._remember(*self._carried.popleft())
-        for event in state.request_events:
-            self._remember(now - event.age_seconds, event)
-        return composed
-
-    def _remember(self, event_time: float, event: engine_pb2.RequestEvent) -> None:
-        number = event.request_number
-        if event.kind in _ENDED:
-            self._live.pop(number, None)
-            return
-        if event.kind == engine_pb2.REQUEST_EVENT_KIND_ARRIVED:
-            kinds = self._live.setdefault(number, {})
-            if len(self._live) > LIVE_REQUESTS_LIMIT:
-                del self._live[next(iter(self._live))]
-        elif number in self._live:
-            kinds = self._live[number]
-        else:
-            return
-        copy = engine_pb2.RequestEvent()  # a reference would keep the whole old state in memory
-        copy.CopyFrom(event)
-        kinds[event.kind] = (event_time, copy)
-
-
-def _with_earlier_events(
-    state: engine_pb2.IterationState, earlier: list[tuple[float, engine_pb2.RequestEvent]]
-) -> engine_pb2.IterationState:
-    composed = engine_pb2.IterationState()
-    composed.CopyFrom(state)
-    del composed.request_events[:]
-    for event_time, event in earlier:
-        copy = composed.request_events.add()
-        copy.CopyFrom(event)
-        # also turns the age of an event with an absurd time into one that the daemon accepts
-        copy.age_seconds = max(0.0, state.engine_time_seconds - event_time)
-    composed.request_events.extend(state.request_events)
-    return composed
 
 
 def _channel_options(target: str, extra: Sequence[tuple[str, object]]) -> list[tuple[str, object]]:

@@ -160,3 +160,26 @@ def test_without_pyarrow_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ThrottleError, match=r"install moe-throttle\[train\]"):
         require_pyarrow()
+
+
+def test_the_events_of_a_plan_are_recorded_with_the_iteration_after_it(recording, arrival):
+    def event(kind, age):
+        return engine_pb2.RequestEvent(
+            kind=kind, request_number=7, age_seconds=age, prompt_tokens=20
+        )
+
+    arrived = engine_pb2.REQUEST_EVENT_KIND_ARRIVED
+    first_token = engine_pb2.REQUEST_EVENT_KIND_FIRST_TOKEN
+    plan = arrival(engine_pb2.ITERATION_PHASE_PLANNED, request_events=[event(arrived, 0.5)])
+    done = arrival(request_events=[event(first_token, 0.0)])
+    later = arrival()
+    for one in (plan, done, later):
+        recording.append(one.state, one.message, WINDOW, 900)
+    recording.close()
+    first, second = (state.message for state in read_states(recording.path))
+    between = done.message.engine_time_seconds - plan.message.engine_time_seconds
+    assert [(each.kind, each.age_seconds) for each in first.request_events] == [
+        (arrived, pytest.approx(0.5 + between)),
+        (first_token, 0.0),
+    ]
+    assert second == later.message

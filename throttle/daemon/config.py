@@ -42,6 +42,10 @@ _SERVICE_LINK: Final = re.compile(
 )
 
 _SOCKET_MODE = re.compile(r"0?[0-7][0-7]0")
+#: What the adapters inside engines read (`throttle.engines.options`): the containers of a pod often
+#: share one environment.
+_ENGINE: Final = re.compile(r"THROTTLE_(ADDRESS$|ENGINE_)")
+
 _PORT_MAXIMUM = 65_535
 _SOCKET_PATH_BYTES = 107  # sun_path of Linux, less its end
 
@@ -261,7 +265,11 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _no_setting(variable: str) -> bool:
-    return variable == FILE_VARIABLE or _SERVICE_LINK.fullmatch(variable) is not None
+    return (
+        variable == FILE_VARIABLE
+        or _ENGINE.match(variable) is not None
+        or _SERVICE_LINK.fullmatch(variable) is not None
+    )
 
 
 def _is_loopback(host: str) -> bool:

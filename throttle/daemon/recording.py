@@ -78,6 +78,7 @@ class Recording:
         self._rows_per_group = rows_per_group
         self._lock = threading.Lock()  # guards the rows: a stream may end on another thread
         self._rows: list[tuple[object, ...]] = []
+        self._planned_events: list[tuple[float, engine_pb2.RequestEvent]] = []
         self._closed = False
         self._rows_count = 0
         self._dropped_rows_count = 0
@@ -113,7 +114,7 @@ class Recording:
         window: GpuWindow,
         clock_target_mhz: int,
     ) -> None:
-        """Take in one state; planned ones are no record and are left out.
+        """Take in one state; a planned one is no record, and the next record tells its events.
 
         Args:
             state: The state.
@@ -121,8 +122,15 @@ class Recording:
             window: What the GPUs did since the record before.
             clock_target_mhz: What they had been told; 0 for default clocks.
         """
+        now = state.engine_time_seconds
         if state.phase not in _RECORDED_PHASES:
+            self._planned_events += [
+                (now - event.age_seconds, event) for event in message.request_events
+            ]
             return
+        if self._planned_events:
+            message = _with_earlier_events(message, self._planned_events)
+            self._planned_events = []
         row = _row(self._registration_id, state, message, window, clock_target_mhz)
         with self._lock:
             if self._closed:
@@ -178,6 +186,20 @@ class Recording:
             for column, field in zip(columns, self._schema, strict=True)
         ]
         return self._arrow.record_batch(arrays, schema=self._schema)
+
+
+def _with_earlier_events(
+    message: engine_pb2.IterationState, earlier: list[tuple[float, engine_pb2.RequestEvent]]
+) -> engine_pb2.IterationState:
+    composed = engine_pb2.IterationState()
+    composed.CopyFrom(message)
+    del composed.request_events[:]
+    for event_seconds, event in earlier:
+        copy = composed.request_events.add()
+        copy.CopyFrom(event)
+        copy.age_seconds = max(0.0, message.engine_time_seconds - event_seconds)
+    composed.request_events.extend(message.request_events)
+    return composed
 
 
 def recording_path(directory: Path, engine_id: str, registration_id: str) -> Path:

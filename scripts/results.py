@@ -40,7 +40,7 @@ from throttle.simulation.comparison.searches import (
     trained_static,
 )
 from throttle.simulation.engine import Fidelity
-from throttle.simulation.policies.catalogue import POLICY_NAMES
+from throttle.simulation.policies.catalogue import ABLATION_NAMES, POLICY_NAMES
 from throttle.simulation.policies.disturbed import Outages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +66,8 @@ PLANTS: tuple[tuple[str, int | None], ...] = (
 POLICIES = ("best-static", "throttllem", "ecofreq", "greenllm", "aimd", "mpc", "throttle")
 OTHERS = tuple(name for name in POLICY_NAMES if name not in {"max", *POLICIES})
 HEADLINE = ("h200-qwen3-30b-a3b", None, "azure2023_conv_10min", 0.6)
+#: Ours with each objective, from nearly idle to nearly full.
+ABLATION_LOADS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.75, 0.9)
 #: Faults, one cell each: name -> what is changed in the scene.
 FAULTS: dict[str, dict[str, Any]] = {
     "predictor 15 % too optimistic": {"predictor_ratio": 0.85},
@@ -100,7 +102,7 @@ class Unit:
     """One figure: a policy, a search or a bound in one cell.
 
     Attributes:
-        group: Table that it belongs to: main, headline, others, large, or a fault.
+        group: Table that it belongs to: main, headline, others, ablation, large, or a fault.
         scene: Where.
         load: Share of the goodput.
         seed: The seed.
@@ -131,7 +133,7 @@ class Unit:
         """Where the figure is kept."""
         sources = ["engine", "searches"]
         bundle = ""
-        if self.kind == "throttle":
+        if self.kind.startswith("throttle") and self.kind != "throttllem":
             sources.append("ours")
         elif self.kind == HINDSIGHT:
             sources.append("hindsight")
@@ -187,6 +189,11 @@ def all_units(bundles: str, *, quick: bool) -> list[Unit]:
     headline = Scene(plant, trace, draw=draw, bundle=bundles)
     units += [Unit("main", headline, load, seed, name) for seed in (3, 4, 5) for name in POLICIES]
     units += [Unit("others", headline, load, 1, name) for name in OTHERS]
+    units += [
+        Unit("ablation", headline, load, 1, name)
+        for load in ABLATION_LOADS
+        for name in ("throttle", *ABLATION_NAMES)
+    ]
     for fault, changes in FAULTS.items():
         units.append(Unit(fault, replace(headline, **changes), load, 1, "throttle"))
     large = Scene("h200-deepseek-v3-ep8", trace, bundle=bundles)

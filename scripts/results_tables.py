@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from throttle.simulation.comparison.comparing import interval
 from throttle.simulation.comparison.hindsight import HINDSIGHT
+from throttle.simulation.policies.catalogue import ABLATION_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -322,14 +323,14 @@ def _faults_table(cells: Cells) -> str:
         cell
         for key, cell in _group(cells, "main").items()
         for fault in cells
-        if fault[0] not in {"main", "others", "large"}
+        if fault[0] not in _GROUPS
         and (key[1].plant, key[1].trace, key[1].draw, key[2], key[3])
         == (fault[1].plant, fault[1].trace, fault[1].draw, fault[2], fault[3])
     ]
     usual = _loss(plain[0], _OURS) if plain else None
     rows = []
     for key, cell in cells.items():
-        if key[0] in {"main", "others", "large"}:
+        if key[0] in _GROUPS:
             continue
         loss = _loss(cell, _OURS)
         more = None if loss is None or usual is None else loss - usual
@@ -342,6 +343,28 @@ def _faults_table(cells: Cells) -> str:
     )
 
 
+def _ablation_table(cells: Cells) -> str:
+    """Ours with each objective, over loads."""
+    found = _group(cells, "ablation")
+    names = (_OURS, *ABLATION_NAMES)
+    rows = []
+    for key, cell in sorted(found.items(), key=lambda item: item[0][2]):
+        ratios = {name: _energy(cell, name) for name in names}
+        least = min(value for value in ratios.values() if value is not None)
+        ours = ratios[_OURS]
+        rows.append(
+            (
+                f"{key[2]:g}",
+                *(f"{_figure(ratios[name])} ({_figure(_loss(cell, name), 2)})" for name in names),
+                _NONE if ours is None else _figure(ours / least),
+            )
+        )
+    titles = (name.removeprefix(f"{_OURS}-") if name != _OURS else "long-run" for name in names)
+    return _table(("load", *titles, "long-run / best"), rows)
+
+
+#: Groups that are no faults.
+_GROUPS = {"main", "others", "ablation", "large"}
 _TABLES: dict[str, Callable[[Cells], str]] = {
     "goals": _goals_table,
     "policies": _policies_table,
@@ -349,5 +372,6 @@ _TABLES: dict[str, Callable[[Cells], str]] = {
     "headline": _headline_table,
     "others": _others_table,
     "faults": _faults_table,
+    "ablation": _ablation_table,
     "large": lambda cells: _cells_table(_group(cells, "large")),
 }

@@ -101,7 +101,7 @@ def test_an_answer_with_time_in_the_bank_bears_a_slower_clock_than_one_without()
         PREDICTOR.predict(np.array([[0, 0, 0, 1, 300, 1, 0.0]])).latency_seconds[0, -1]
     )
     rich = make_row(1, generated=101, first_token=4.99, tpot=limit)
-    poor = make_row(1, generated=101, first_token=5.0 - 1.2 * 100 * limit, tpot=limit)
+    poor = make_row(1, generated=101, first_token=5.0 - 0.98 * 100 * limit, tpot=limit)
     slower = CLOCKS // 4
     banked = _lateness([rich], now=5.0).excess_ratio[slower]
     spent = _lateness([poor], now=5.0).excess_ratio[slower]

@@ -39,7 +39,22 @@ def test_a_floor_above_the_ceiling_is_refused():
 def test_every_number_is_checked():
     """A setting added later cannot be forgotten: an absurd value of each one is refused."""
     for field in dataclasses.fields(ControlSettings):
-        if isinstance(field.default, bool):
+        if isinstance(field.default, (bool, str)):
             continue
         settings = dataclasses.replace(ControlSettings(), **{field.name: float("nan")})
         assert settings.problems(), field.name
+
+
+def test_each_rung_of_the_ladder_allows_more_late_answers_than_the_one_before():
+    budgets = [
+        ControlSettings(posture=each).late_budget()
+        for each in ("performance", "balanced", "efficiency")
+    ]
+    assert budgets == sorted(set(budgets))
+    assert ControlSettings(posture="efficiency", late_budget_ratio=0.02).late_budget() == 0.02
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, -1.0])
+def test_a_budget_that_cannot_be_used_is_named(ratio):
+    (problem,) = ControlSettings(late_budget_ratio=ratio).problems()
+    assert "late_budget_ratio" in problem

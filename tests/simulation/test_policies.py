@@ -12,6 +12,7 @@ from throttle.errors import NotFoundError
 from throttle.simulation.engine import Fidelity
 from throttle.simulation.experiment import play
 from throttle.simulation.policies.catalogue import (
+    ABLATION_NAMES,
     POLICY_NAMES,
     SEARCHED,
     fixed_policy,
@@ -32,7 +33,10 @@ from throttle.simulation.policies.throttllem import Throttllem, ThrottllemKnobs
 from throttle.simulation.workload import load_trace
 from throttle.testing import FormulaPredictor
 
-PREDICTED = tuple(name for name in POLICY_NAMES if name not in {"max", *SEARCHED})
+PREDICTED = (
+    *(name for name in POLICY_NAMES if name not in {"max", *SEARCHED}),
+    *ABLATION_NAMES,
+)
 FASTEST = 1980
 
 

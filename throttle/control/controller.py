@@ -141,7 +141,7 @@ class Controller:
             settings.load_time_constant_seconds, settings.load_settling_seconds
         )
         self._prompt_work = PromptWorkEstimator()
-        self._late_budget = LateBudget(settings.late_budget_ratio)
+        self._late_budget = LateBudget(settings.late_budget())
         self._feedback = PredictionFeedback(settings.violation_ratio)
         self._observations: list[_Observation] = []
         self._last_clock_mhz = 0
@@ -462,7 +462,7 @@ class Controller:
             index, reason = self._selector.jump(self._ceiling, now), Reason.POOR_INFORMATION
         else:
             feasible = self._keeps_every_limit(judgement) & self._allowed
-            index, reason = self._selector.choose(feasible, self._cost_watts(judgement), now)
+            index, reason = self._selector.choose(feasible, self._cost(judgement), now)
             # Where none is feasible the fastest is chosen; the operator's ceiling holds there too.
             index = self._selector.jump(min(index, self._ceiling), now)
         latency = judgement.latency_seconds
@@ -528,20 +528,29 @@ class Controller:
             return None
         return np.where(self._allowed, self._cruise.power_watts, np.inf)
 
-    def _cost_watts(self, judgement: _Judgement) -> NDArray[np.float64] | None:
-        """What computing the horizon costs at each clock, per second of the present one, (C,).
+    def _cost(self, judgement: _Judgement) -> NDArray[np.float64] | None:
+        """What the least is chosen of, positive, (C,); None while the load is not known.
 
-        Time is refunded at the rate that it is worth at this load. Where the batch is the one that
-        the load settles at, the least of it is the cruise clock; on the way there, and when work
-        runs out, it is not.
+        By default the power of computing the horizon, per second of the present clock, with time
+        refunded at the rate that it is worth at this load. Where the batch is the one that the load
+        settles at, the least of it is the cruise clock; on the way there, and when work runs out,
+        it is not.
         """
         power = self._long_run_power_watts()
         if power is None:
             return None
+        objective = self._settings.objective
+        if objective == "lowest-clock":
+            return self._clocks_mhz.astype(np.float64)
+        if objective == "energy":
+            return judgement.horizon_joules
+        refund = self._refund_watts
+        if objective == "energy-above-idle":
+            refund = float(self._resting_power_watts().min())
         seconds = judgement.horizon_seconds
-        joules = judgement.horizon_joules - self._refund_watts * seconds
-        cost = self._refund_watts + joules / seconds[self._selector.current]
-        return np.where(np.isfinite(power), cost, np.inf)
+        joules = judgement.horizon_joules - refund * seconds
+        cost = refund + joules / seconds[self._selector.current]
+        return cost if objective != "long-run" else np.where(np.isfinite(power), cost, np.inf)
 
     def _cruise_clock_mhz(self) -> int:
         power = self._long_run_power_watts()

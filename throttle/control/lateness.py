@@ -249,6 +249,9 @@ class _View:
 
     def of_prompts(self, horizon: Horizon, shares: NDArray[np.float64]) -> _Judged:
         rows, first = horizon.prompts, horizon.first_tokens
+        if not len(rows):
+            nobody = np.empty((0, self.seconds.shape[1]))
+            return _Judged(np.empty(0), nobody, 0.0, nobody)
         tpot = rows[:, Column.TPOT]
         begins = horizon.iterations_at(first)
         gaps = self.ends - begins[:, None]

@@ -159,6 +159,8 @@ class LengthBeliefs:
             requests: The requests, n of them; each is known to go on.
             ahead_tokens: Ends of the stretches, tokens from now, rising in each row, (n, K).
         """
+        if not len(requests.generated_tokens):
+            return np.empty(ahead_tokens.shape)
         reached = requests.generated_tokens[:, None] + ahead_tokens
         alive = np.empty_like(reached)
         for mask, curve in self._by_class(requests):

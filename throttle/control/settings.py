@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from throttle.control.selection import Hysteresis
 from throttle.control.slack import Guards
+
+#: What a clock is judged by among those that keep every limit: the long-run average power at the
+#: present load; the clock itself; the energy of the work at hand; the same above idle power.
+Objective = Literal["long-run", "lowest-clock", "energy", "energy-above-idle"]
+Posture = Literal["performance", "balanced", "efficiency"]
+
+#: Share of answers that may be late for want of a faster clock, on each rung of the ladder.
+LATE_BUDGETS: Final[dict[Posture, float]] = {
+    "performance": 0.0001,
+    "balanced": 0.0003,
+    "efficiency": 0.001,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,12 +27,15 @@ class ControlSettings:
     """What an operator may tune; every field is a key of the configuration's [control] section.
 
     Attributes:
+        posture: How much may be risked for energy: the share of answers that may be late for want
+            of a faster clock is 0.0001, 0.0003 or 0.001.
+        objective: What a clock is judged by among those that keep every limit; the others than
+            long-run are kept for comparison.
         ttft_guard_ratio: Share of the time left to a first token that may be planned with.
         tbt_guard_ratio: Share of the limit on a single gap that may be planned with.
         tpot_guard_ratio: Share of the limit on the mean gap that may be planned with, where nothing
             is known of single requests.
-        late_budget_ratio: Share of answers whose mean gap may miss its limit because the clock is
-            not the fastest.
+        late_budget_ratio: That share itself; empty for the posture's.
         late_band_ratio: How many times that share may be expected before the clock is raised; it is
             raised to where the share is kept.
         e2e_guard_ratio: Share of the time left to a last token that may be planned with.
@@ -40,10 +56,12 @@ class ControlSettings:
             to the fastest.
     """
 
+    posture: Posture = "balanced"
+    objective: Objective = "long-run"
     ttft_guard_ratio: float = 0.8
     tbt_guard_ratio: float = 0.95
     tpot_guard_ratio: float = 0.95
-    late_budget_ratio: float = 0.0003
+    late_budget_ratio: float | None = None
     late_band_ratio: float = 2.0
     e2e_guard_ratio: float = 0.9
     reserve_seconds: float = 0.05
@@ -71,6 +89,12 @@ class ControlSettings:
             self.reserve_seconds,
         )
 
+    def late_budget(self) -> float:
+        """Share of answers that may be late because the clock is not the fastest."""
+        if self.late_budget_ratio is None:
+            return LATE_BUDGETS[self.posture]
+        return self.late_budget_ratio
+
     def hysteresis(self) -> Hysteresis:
         """How reluctantly clocks change."""
         return Hysteresis(self.dwell_seconds, self.least_gain_ratio, self.raise_step_ratio)
@@ -94,7 +118,7 @@ class ControlSettings:
             )
         if not 0.0 < self.violation_ratio < 0.5:
             found.append(f"violation_ratio is {self.violation_ratio}; allowed: above 0, below 0.5")
-        if not 0.0 < self.late_budget_ratio < 0.5:
+        if not 0.0 < self.late_budget() < 0.5:
             found.append(
                 f"late_budget_ratio is {self.late_budget_ratio}; allowed: above 0, below 0.5"
             )

@@ -65,6 +65,7 @@ def evaluation_message(
                 long_run_power_watts=row.long_run_power_watts,
                 feasible=row.feasible,
                 slacks=[_binding_message(slack) for slack in row.slacks],
+                late_ratio=row.late_ratio,
             )
             for row in evaluation.rows
         ],

@@ -239,6 +239,7 @@ class ClockEvaluation(_message.Message):
     LONG_RUN_POWER_WATTS_FIELD_NUMBER: _builtins.int
     FEASIBLE_FIELD_NUMBER: _builtins.int
     SLACKS_FIELD_NUMBER: _builtins.int
+    LATE_RATIO_FIELD_NUMBER: _builtins.int
     clock_mhz: _builtins.int
     """Candidate clock, MHz."""
     iteration_seconds: _builtins.float
@@ -252,7 +253,11 @@ class ClockEvaluation(_message.Message):
     long_run_power_watts: _builtins.float
     """Long-run average power at the present load; unset while the load is not known or the clock cannot carry it. Watts."""
     feasible: _builtins.bool
-    """Whether every SLO is kept."""
+    """Whether every slack and the budget of late answers are kept."""
+    late_ratio: _builtins.float
+    """Share of answers whose mean gap (TPOT) would miss its limit because the clock is not the fastest; unset while that is
+    not known.
+    """
     @_builtins.property
     def slacks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BindingLimit]:
         """The least slack of each SLO that applies."""
@@ -268,13 +273,19 @@ class ClockEvaluation(_message.Message):
         long_run_power_watts: _builtins.float | None = ...,
         feasible: _builtins.bool = ...,
         slacks: _abc.Iterable[Global___BindingLimit] | None = ...,
+        late_ratio: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_long_run_power_watts", b"_long_run_power_watts", "long_run_power_watts", b"long_run_power_watts"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_late_ratio", b"_late_ratio", "_long_run_power_watts", b"_long_run_power_watts", "late_ratio", b"late_ratio", "long_run_power_watts", b"long_run_power_watts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_long_run_power_watts", b"_long_run_power_watts", "clock_mhz", b"clock_mhz", "feasible", b"feasible", "iteration_energy_joules", b"iteration_energy_joules", "iteration_seconds", b"iteration_seconds", "iteration_upper_seconds", b"iteration_upper_seconds", "long_run_power_watts", b"long_run_power_watts", "power_watts", b"power_watts", "slacks", b"slacks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_late_ratio", b"_late_ratio", "_long_run_power_watts", b"_long_run_power_watts", "clock_mhz", b"clock_mhz", "feasible", b"feasible", "iteration_energy_joules", b"iteration_energy_joules", "iteration_seconds", b"iteration_seconds", "iteration_upper_seconds", b"iteration_upper_seconds", "late_ratio", b"late_ratio", "long_run_power_watts", b"long_run_power_watts", "power_watts", b"power_watts", "slacks", b"slacks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__late_ratio: _TypeAlias = _typing.Literal["late_ratio"]  # noqa: Y015
+    _WhichOneofArgType__late_ratio: _TypeAlias = _typing.Literal["_late_ratio", b"_late_ratio"]  # noqa: Y015
     _WhichOneofReturnType__long_run_power_watts: _TypeAlias = _typing.Literal["long_run_power_watts"]  # noqa: Y015
     _WhichOneofArgType__long_run_power_watts: _TypeAlias = _typing.Literal["_long_run_power_watts", b"_long_run_power_watts"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__late_ratio) -> _WhichOneofReturnType__late_ratio | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__long_run_power_watts) -> _WhichOneofReturnType__long_run_power_watts | None: ...
 
 Global___ClockEvaluation: _TypeAlias = ClockEvaluation  # noqa: Y015

@@ -36,6 +36,18 @@ _BUILDERS: Final[dict[str, Callable[[PolicyInputs], Policy]]] = {
     "throttle": lambda inputs: Throttle(inputs, ControlSettings()),
 }
 
+#: Ours with a simpler objective: what the long-run one is worth.
+_ABLATIONS: Final[dict[str, Callable[[PolicyInputs], Policy]]] = {
+    "throttle-lowest-clock": lambda inputs: Throttle(
+        inputs, ControlSettings(objective="lowest-clock")
+    ),
+    "throttle-energy": lambda inputs: Throttle(inputs, ControlSettings(objective="energy")),
+    "throttle-energy-above-idle": lambda inputs: Throttle(
+        inputs, ControlSettings(objective="energy-above-idle")
+    ),
+}
+ABLATION_NAMES: Final = tuple(_ABLATIONS)
+
 #: Clocks found by playing the trace, or other traces, at many clocks; see `hindsight`.
 SEARCHED: Final = ("best-static", "trained-static")
 #: Every name, in the order of tables.
@@ -45,7 +57,8 @@ _FIXED = "fixed-"
 
 def is_policy_name(name: str) -> bool:
     """Whether a policy has this name; `fixed-<MHz>` is one too."""
-    return name in POLICY_NAMES or (name.startswith(_FIXED) and name.removeprefix(_FIXED).isdigit())
+    fixed = name.startswith(_FIXED) and name.removeprefix(_FIXED).isdigit()
+    return fixed or name in POLICY_NAMES or name in _ABLATIONS
 
 
 def needs_predictor(name: str) -> bool:
@@ -74,7 +87,7 @@ def make_policy(name: str, inputs: PolicyInputs) -> Policy:
     """
     if not needs_predictor(name):
         return fixed_policy(name)
-    builder = _BUILDERS.get(name)
+    builder = _BUILDERS.get(name) or _ABLATIONS.get(name)
     if builder is None:
         raise NotFoundError(f"no policy {name!r}; there are max, {', '.join(_BUILDERS)}")
     return builder(inputs)

@@ -43,7 +43,7 @@ def record() -> None:
     # Compressed, so that limits bind now and then.
     trace = load_trace("azure2023_conv_10min").window(60.0, 60.0 + 2.0 * _SECONDS).compressed(2.0)
     engine = SimulatedEngine(gpu, OpenLoop(trace.requests))
-    slos = Slos(ttft_seconds=1.0, tpot_seconds=0.04)
+    slos = Slos(ttft_seconds=1.0, tpot_seconds=0.022)
     profile = engine.profile("golden", ("GPU-simulated-0",), slos)
     controller = Controller(profile, FormulaPredictor(), ControlSettings())
     metadata = records_metadata(profile, "h200-sxm", plant.clocks_mhz, simulated=True)

@@ -55,7 +55,7 @@ def test_reasons_and_limits_have_the_protocols_numbers():
 
 def test_an_evaluation_becomes_rows_with_their_energy():
     row = ClockRow(
-        1200, 0.02, 0.03, 500.0, None, feasible=True, slacks=(Binding(Slo.TTFT, 1, 0.5),)
+        1200, 0.02, 0.03, 500.0, None, 0.002, feasible=True, slacks=(Binding(Slo.TTFT, 1, 0.5),)
     )
     message = evaluation_message(Evaluation(Decision(1200, Reason.CRUISE), (row,)), 3, "b", 0.001)
     assert message.bundle == "b"
@@ -63,4 +63,5 @@ def test_an_evaluation_becomes_rows_with_their_energy():
     assert not message.decision.HasField("binding_limit")
     assert message.clocks[0].iteration_energy_joules == pytest.approx(10.0)
     assert not message.clocks[0].HasField("long_run_power_watts")
+    assert message.clocks[0].late_ratio == 0.002
     assert message.clocks[0].slacks[0].slo == decision_pb2.SLO_KIND_TTFT

@@ -119,7 +119,7 @@ def test_profiling_covers_batches_contexts_and_chunks(bench, plant):
         idle += scheduled.empty
     assert load.progress_ratio == 1.0
     assert min(batches) == 1
-    assert max(batches) == 256
+    assert max(batches) == 384
     assert len(batches) > 150
     assert min(contexts) < 150
     assert max(contexts) > 20_000

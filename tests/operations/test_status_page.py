@@ -50,7 +50,7 @@ def test_slack_and_predicted_saving_are_told(served):
     daemon, url = served
     stream = daemon.stream(registration())
     stream.accepted()
-    for number in range(1, 400):
+    for number in range(1, 700):
         decision = stream.decide(state(number))
     (engine,) = json.loads(get(f"{url}/status.json"))["engines"]
     assert engine["slack_seconds"] == pytest.approx(decision.binding_limit.slack_seconds)

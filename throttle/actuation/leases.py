@@ -22,10 +22,9 @@ DEFAULT_CLOCKS: Final = 0
 #: Target of a GPU that nothing is known about: a lock cannot be read back.
 UNKNOWN_CLOCKS: Final = -1
 
-#: Raises that an engine may ask for at once, and per second in the long run. One beyond them goes
-#: straight to default clocks: not delayed, and the last for a while.
+#: Raises that an engine may ask for at once. One beyond these and those earned since goes straight
+#: to default clocks: not delayed, and the last for a while.
 _RAISES_BURST: Final = 20.0
-_RAISES_PER_SECOND: Final = 5.0
 
 
 @dataclass(slots=True)
@@ -172,11 +171,20 @@ class LeaseTable:
             if now_seconds - last < self._settings.lowering_interval_seconds:
                 return None
             self._lowered_seconds.update(dict.fromkeys(grant.gpu_uuids, now_seconds))
-        elif target != DEFAULT_CLOCKS and not _may_raise(grant, now_seconds):
+        elif target != DEFAULT_CLOCKS and not self._may_raise(grant, now_seconds):
             targets = dict.fromkeys(grant.gpu_uuids, DEFAULT_CLOCKS)
             target = DEFAULT_CLOCKS
         grant.target_mhz = target
         return targets
+
+    def _may_raise(self, grant: Grant, now_seconds: float) -> bool:
+        earned = (now_seconds - grant.refilled_seconds) * self._settings.raises_per_second
+        grant.raises_left = min(_RAISES_BURST, grant.raises_left + earned)
+        grant.refilled_seconds = now_seconds
+        if grant.raises_left < 1.0:
+            return False
+        grant.raises_left -= 1.0
+        return True
 
     def renew(self, now_seconds: float) -> None:
         """Put off the end of every grant."""
@@ -204,13 +212,3 @@ class LeaseTable:
 
 def _speed(target_mhz: int) -> float:
     return math.inf if target_mhz == DEFAULT_CLOCKS else target_mhz
-
-
-def _may_raise(grant: Grant, now_seconds: float) -> bool:
-    earned = (now_seconds - grant.refilled_seconds) * _RAISES_PER_SECOND
-    grant.raises_left = min(_RAISES_BURST, grant.raises_left + earned)
-    grant.refilled_seconds = now_seconds
-    if grant.raises_left < 1.0:
-        return False
-    grant.raises_left -= 1.0
-    return True

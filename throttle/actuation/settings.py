@@ -28,6 +28,8 @@ class ActuationSettings:
         ceiling_clock_mhz: No clock above it is ever set, default clocks apart; 0 for no ceiling.
         lowering_interval_seconds: Least time between two lowerings of one GPU. Raising and
             returning to default clocks are never delayed.
+        raises_per_second: Raises that an engine may ask for in the long run; one too many goes to
+            default clocks.
         settle_seconds: How long after a write the clock is read back.
         call_deadline_seconds: A driver call that takes longer makes its GPU unhealthy.
         answer_wait_seconds: How long an answer to an engine waits for the GPUs to be told; one that
@@ -39,7 +41,8 @@ class ActuationSettings:
     lease_seconds: float = 3.0
     floor_clock_mhz: int = 0
     ceiling_clock_mhz: int = 0
-    lowering_interval_seconds: float = 1.0
+    lowering_interval_seconds: float = 0.25
+    raises_per_second: float = 5.0
     settle_seconds: float = 1.0
     call_deadline_seconds: float = 2.0
     answer_wait_seconds: float = 0.01
@@ -52,6 +55,7 @@ class ActuationSettings:
             ("floor_clock_mhz", self.floor_clock_mhz, 0, 100_000),
             ("ceiling_clock_mhz", self.ceiling_clock_mhz, 0, 100_000),
             ("lowering_interval_seconds", self.lowering_interval_seconds, 0.0, 60.0),
+            ("raises_per_second", self.raises_per_second, 0.1, 1e6),
             ("settle_seconds", self.settle_seconds, 0.05, 60.0),
             ("call_deadline_seconds", self.call_deadline_seconds, 0.1, 60.0),
             ("answer_wait_seconds", self.answer_wait_seconds, 0.0, 60.0),

@@ -115,9 +115,10 @@ def _daemon(folder: Path, gpus: Path, bundles: Path, log: Path) -> Iterator[str]
     command = [sys.executable, "-m", "throttle.cli", "serve"]
     command += ["--socket", str(folder / "throttle.sock"), "--backend", "simulated"]
     command += ["--simulated-gpus", str(gpus), "--bundles", str(bundles)]
-    # simulated time runs faster: answers wait for the GPU, and lowering is paced by simulated time
+    # simulated time runs faster: answers wait for the GPU, and changes are paced by simulated time
     command += ["--actuation-answer-wait-seconds", "30"]
     command += ["--actuation-lowering-interval-seconds", "0"]
+    command += ["--actuation-raises-per-second", "1000000"]
     command += ["--log-format", "json"]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)  # noqa: S603 - ours

@@ -325,9 +325,6 @@ class Controller:
         upper: NDArray[np.float64],
         now: float,
     ) -> Lateness | None:
-        load = self._load.load()
-        if load is None or self._interruptions is None:
-            return None  # without a cruise clock the fastest is chosen
         ends = np.cumsum(horizon.iterations)
         decodes = self._request_lengths(horizon.decodes)
         prompts = self._request_lengths(horizon.prompts, generated=1.0)
@@ -338,25 +335,32 @@ class Controller:
             ),
             self._lengths.ending_shares(prompts, np.maximum(after_first, 0.0)),
         )
-        token_seconds = self._interruptions.prompt_token_seconds(horizon.shapes[:, 3])
-        newcomers = None
-        tpot = self._profile.default_slos.tpot_seconds
-        if tpot is not None:
-            newcomers = Newcomers(
-                self._lengths.everyone,
-                tpot,
-                load.prefill_iterations_per_second * load.prefill_requests_per_iteration,
-                load.prefill_tokens_per_second,
-            )
         return expect_lateness(
             horizon,
             latency,
             upper,
             now_seconds=now,
             ending=ending,
-            delay=PromptDelay(self._work, token_seconds),
-            newcomers=newcomers,
+            delay=self._prompt_delay(horizon),
+            newcomers=self._newcomers(),
             clocks=(self._floor, self._ceiling),
+        )
+
+    def _prompt_delay(self, horizon: Horizon) -> PromptDelay:
+        batch = horizon.shapes[:, 3]
+        if self._interruptions is None:
+            return PromptDelay(None, np.zeros((len(batch), len(self._clocks_mhz))))
+        return PromptDelay(self._work, self._interruptions.prompt_token_seconds(batch))
+
+    def _newcomers(self) -> Newcomers | None:
+        load, tpot = self._load.load(), self._profile.default_slos.tpot_seconds
+        if load is None or tpot is None:
+            return None
+        return Newcomers(
+            self._lengths.everyone,
+            tpot,
+            load.prefill_iterations_per_second * load.prefill_requests_per_iteration,
+            load.prefill_tokens_per_second,
         )
 
     def _kv_usage_ratio(self, state: IterationState) -> float:

@@ -163,6 +163,8 @@ def served(tmp_path):
                 sys.executable, "-m", "throttle.cli", "serve", "--socket", tmp_path / "socket",
                 "--simulated-gpus", tmp_path / "gpus", "--bundles", one_bundle(tmp_path),
                 "--log-level", "error",
+                # the noise is meant for the service, not for the gate before it
+                "--limits-calls-per-second", "1000000", "--limits-states-per-second", "1000000",
             ],
             stdout=output,
             stderr=output,

@@ -26,8 +26,8 @@ from throttle.client import ThrottleClient
 from throttle.credentials import read_token, tls_credentials
 from throttle.v1 import throttle_service_pb2_grpc
 
-#: Far above what a submission takes, also where a busy machine keeps the process off its cores for a
-#: while; far below what waiting for anything would.
+#: Far above what a submission takes, also where a busy machine keeps the process off its cores
+#: for a while; far below what waiting for anything would.
 LONGEST_SUBMIT_SECONDS = 2.0
 
 

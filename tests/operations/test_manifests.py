@@ -13,7 +13,7 @@ import yaml
 from throttle.daemon.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-KUBERNETES = ROOT / "deploy" / "kubernetes"
+KUBERNETES = ROOT / "docker" / "kubernetes"
 VERSIONS = ("1.29", kubernetes_validate.latest_version())  # native sidecars came with 1.29
 COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
 

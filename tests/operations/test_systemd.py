@@ -13,7 +13,7 @@ import pytest
 from tests.integration.engines import DEADLINE_SECONDS
 from throttle.daemon.systemd import ServiceManager
 
-UNIT = Path(__file__).resolve().parents[2] / "deploy" / "systemd" / "throttle.service"
+UNIT = Path(__file__).resolve().parents[2] / "docker" / "systemd" / "throttle.service"
 
 
 @pytest.fixture

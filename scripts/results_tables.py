@@ -205,23 +205,26 @@ def _goals_table(cells: Cells) -> str:
     main = list(_group(cells, "main").items())
     if not main:
         return _table(("goal",), [])
-    at = {load: [cell for key, cell in main if key[2] == load] for load in {k[2] for k, _ in main}}
-    light = [cell for load, group in at.items() if load <= 0.6 for cell in group]
-    everything = [cell for _, cell in main]
+    places = _by_place(dict(main))
+    at = {load: [seeds for key, seeds in places.items() if key[1] == load] for _, load in places}
+    light = [seeds for load, group in at.items() if load <= 0.6 for seeds in group]
+    everything = list(places.values())
     rows: list[tuple[str, str, str, str, str]] = []
 
     def row(
         goal: str,
-        group: Sequence[Cell],
+        group: Sequence[Sequence[Cell]],
         figure: Callable[[Cell], float | None],
         bar: tuple[float | None, float | None],
         digits: int = 3,
     ) -> None:
-        values = [value for cell in group if (value := figure(cell)) is not None]
+        """Means over seeds first, so that a cell with more of them weighs no more."""
+        each = [[value for cell in seeds if (value := figure(cell)) is not None] for seeds in group]
+        values = [statistics.fmean(found) for found in each if found]
         if not values:
             rows.append((goal, _NONE, _NONE, "0", "not played"))
             return
-        mean, worst = statistics.fmean(values), max(values)
+        mean, worst = statistics.fmean(values), max(max(found) for found in each if found)
         met = (bar[0] is None or mean <= bar[0]) and (bar[1] is None or worst <= bar[1])
         reached = (_figure(mean, digits), _figure(worst, digits), str(len(values)))
         rows.append((goal, *reached, "yes" if met else "**no**"))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from predictors.prediction import Prediction
+from predictors.errors import PredictorsError
+from predictors.prediction import SHAPE_COLUMNS, Prediction
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,7 +63,15 @@ class FormulaPredictor:
         return self.static_watts * (1.0 + 2.0 * self._power_factor()) / 3.0
 
     def predict(self, shapes: NDArray[np.float64]) -> Prediction:
-        """Evaluate the formulas for a (K, 7) matrix of shapes."""
+        """Evaluate the formulas for a (K, 7) matrix of shapes.
+
+        Raises:
+            PredictorsError: The matrix has another form, as with a real bundle.
+        """
+        if shapes.ndim != 2 or shapes.shape[1] != len(SHAPE_COLUMNS):
+            raise PredictorsError(
+                f"shapes have the form {shapes.shape}; allowed: (K, {len(SHAPE_COLUMNS)})"
+            )
         ratio = self.clocks_mhz / self.clocks_mhz[-1]
         decode, kv_tokens = shapes[:, 3:4], shapes[:, 4:5] + shapes[:, 2:3]
         memory = decode * self.seconds_per_decode + kv_tokens * self.seconds_per_kv_token

@@ -212,7 +212,7 @@ def test_the_chosen_clock_keeps_the_mean_gap_in_the_long_run(engine, limit):
         controller.observe(state, clock)
         clock = controller.decide(state).target_clock_mhz
         scheduled = state.scheduled
-        shape = np.array([[0, 0, 0, 16, scheduled.sum_decode_kv_tokens, 16.0]])
+        shape = np.array([[0, 0, 0, 16, scheduled.sum_decode_kv_tokens, 16.0, 0.0]])
         index = int(np.searchsorted(clocks, clock))
         seconds = float(PREDICTOR.predict(shape).latency_seconds[0, index])
         gaps.append(seconds)
@@ -222,7 +222,7 @@ def test_the_chosen_clock_keeps_the_mean_gap_in_the_long_run(engine, limit):
 
 
 def seconds_at_fastest(generated):
-    shape = np.array([[0, 0, 0, 16, 16 * (100 + generated), 16.0]])
+    shape = np.array([[0, 0, 0, 16, 16 * (100 + generated), 16.0, 0.0]])
     return float(PREDICTOR.predict(shape).latency_seconds[0, -1])
 
 

@@ -134,5 +134,6 @@ def test_the_row_kept_for_a_shared_moment_is_the_tightest():
     _, _, table = _slack(waiting=waiting)
     assert table.request_numbers.tolist() == [2]
     assert table.slack_seconds[0, -1] == pytest.approx(
-        0.2 - PREDICTOR.predict(np.array([[2, 200, 0, 0, 0, 0.0]])).latency_upper_seconds[0, -1]
+        0.2
+        - PREDICTOR.predict(np.array([[2, 200, 0, 0, 0, 0.0, 0.0]])).latency_upper_seconds[0, -1]
     )

@@ -104,7 +104,7 @@ def _record(path, profile, truth, clocks, run):
         decode = round(2 ** draw.uniform(0, 8))
         prefill = draw.choice([0, 0, draw.randrange(16, 4000)])
         kv_tokens = decode * draw.randrange(50, 3000)
-        shape = np.array([[prefill > 0, prefill, 0, decode, kv_tokens, decode]], dtype=float)
+        shape = np.array([[prefill > 0, prefill, 0, decode, kv_tokens, decode, 0]], dtype=float)
         predicted = truth.predict(shape)
         seconds = float(predicted.latency_seconds[0, clock_index])
         watts = float(predicted.power_watts[0, clock_index])

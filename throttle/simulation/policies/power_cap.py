@@ -65,7 +65,7 @@ class PowerCap:
         self._view = EngineView(inputs.profile)
         self._gaps = ObservedGaps(2.0, self._slos)
         budget = float(inputs.profile.batched_tokens_limit)
-        heavy = np.array([[1.0, budget, 0.0, 1.0, 1.0, 1.0]])
+        heavy = np.array([[1.0, budget, 0.0, 1.0, 1.0, 1.0, 0.5 * budget * budget]])
         highest = float(self._predictor.predict(heavy).power_watts.max())
         self._caps = highest * np.linspace(knobs.lowest_ratio, 1.0, knobs.caps_count)
         self._cap = highest

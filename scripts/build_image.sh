@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the image of docker/Dockerfile without a Docker engine, on a base from debootstrap, and prints its size in bytes.
 # Needs root, debootstrap and buildah. Use: scripts/build_image.sh FOLDER
-# The storage and the base stay in FOLDER; the image is localhost/moe-throttle there.
+# The storage and the base stay in FOLDER; the image is localhost/moe-throttle there. DEBIAN_MIRROR names the archive where
+# debootstrap's own default is not the one to use.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(realpath -m "${1:?folder for base and storage}")
@@ -13,7 +14,7 @@ root_file_system() { # root_file_system NAME PACKAGES: a small Debian with these
   local name=$1 packages=$2 tree="$folder/$1-tree"
   [ -e "$folder/$name.tar" ] && return
   rm -rf "$tree"
-  debootstrap --variant=minbase --include="$packages" "$suite" "$tree" "${DEBIAN_MIRROR:-http://deb.debian.org/debian}" > "$folder/$name.log"
+  debootstrap --variant=minbase --include="$packages" "$suite" "$tree" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"} > "$folder/$name.log"
   # as slim images do
   rm -rf "$tree"/var/cache/apt/* "$tree"/var/lib/apt/lists/* "$tree"/var/log/* "$tree"/var/cache/debconf/*-old
   find "$tree/usr/share/doc" -depth -type f ! -name copyright -delete

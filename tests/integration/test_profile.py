@@ -71,15 +71,23 @@ def test_observing_sets_no_clock_and_says_what_the_records_support(plant, gpus, 
 
 def test_a_round_that_breaks_leaves_no_clock_locked_and_no_file(plant, gpus, tmp_path, monkeypatch):
     class Breaking(profile.SweepingLoad):
+        asked_count = 0
+
         def take(self, now_seconds):
-            if now_seconds > 5.0:
+            self.asked_count += 1
+            if gpus.read_lock_mhz(UUID) != 0 and self.asked_count > 5:
+                interrupted.append(now_seconds)
                 raise KeyboardInterrupt
             return super().take(now_seconds)
+
+    interrupted = []
 
     monkeypatch.setattr(profile, "SweepingLoad", Breaking)
     with pytest.raises(KeyboardInterrupt):
         profiling(plant, gpus, tmp_path, 40.0).run()
+    assert interrupted  # with a clock locked, so that there was one to let go
     assert gpus.read_lock_mhz(UUID) == 0
+    assert recorded(tmp_path) == []
     monkeypatch.undo()
     profiling(plant, gpus, tmp_path, 40.0).run()
 

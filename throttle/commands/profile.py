@@ -267,11 +267,16 @@ class Profiling:
             recordings=self._out,
         )
         daemon = build_server(config, ExplorationFactory(planned))
+        finished = False
         daemon.start()
         try:
             self._play(daemon.target, planned)
+            finished = True
         finally:
             daemon.stop()  # which resets the clocks
+            if not finished:  # else the part would count as the whole round
+                for path in self._out.glob(f"*-{self._engine_id(planned.index)}.parquet"):
+                    path.unlink()
 
     def _play(self, target: str, planned: Round) -> None:
         generator = random.Random(self._seed + 1000 * planned.index)  # noqa: S311 - not a secret

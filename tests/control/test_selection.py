@@ -9,8 +9,12 @@ from throttle.control.selection import Hysteresis, Reason, Selector
 CLOCKS = np.arange(600, 2000, 100)
 COUNT = len(CLOCKS)
 POWER = np.linspace(200.0, 500.0, COUNT)
-EAGER = Hysteresis(dwell_seconds=0.0, least_gain_ratio=0.0, raise_step_ratio=0.0)
-STEADY = Hysteresis(dwell_seconds=1.0, least_gain_ratio=0.01, raise_step_ratio=0.1)
+EAGER = Hysteresis(
+    dwell_seconds=0.0, least_dwell_seconds=0.0, least_gain_ratio=0.0, raise_step_ratio=0.0
+)
+STEADY = Hysteresis(
+    dwell_seconds=1.0, least_dwell_seconds=0.2, least_gain_ratio=0.01, raise_step_ratio=0.1
+)
 
 
 def _above(index):

@@ -38,7 +38,7 @@ _NEWCOMER_GAPS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128.0])
 _BOUND_DEVIATIONS = 2.33
 #: Answers to come will be judged again once they are here, and the clock raised for them: only this
 #: share of what a standing clock would make late has to be planned for now.
-_RECOURSE_RATIO = 0.1
+_RECOURSE_RATIO = 0.05
 #: Below this no budget tells shares apart.
 _LEAST_SHARE = 1e-9
 #: Prompts alone never fill more of the time than this.

@@ -21,6 +21,8 @@ from throttle.control.scoreboard import Column, LiveRequests, Scoreboard
 from throttle.control.slack import SlackTable, measure_aggregate_slack, measure_slack
 from throttle.control.state import EngineProfile, IterationState, Phase
 
+from throttle.control.compiled import lateness as compiled_lateness
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -209,6 +211,18 @@ class Forecaster:
         upper: NDArray[np.float64],
         now: float,
     ) -> Lateness | None:
+        if compiled_lateness is not None:
+            return compiled_lateness.expect_lateness(
+                horizon,
+                latency,
+                upper,
+                now_seconds=now,
+                lengths=self._lengths.table(self._scoreboard.length_classes),
+                interruptions=self._outlook.interruptions,
+                work=self._outlook.work,
+                newcomers=self._outlook.newcomers(self._lengths.everyone),
+                clocks=self._clocks,
+            )
         ends = np.cumsum(horizon.iterations)
         decodes = self._request_lengths(horizon.decodes)
         prompts = self._request_lengths(horizon.prompts, generated=1.0)

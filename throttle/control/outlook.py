@@ -73,6 +73,16 @@ class Outlook:
         return self._equilibrium
 
     @property
+    def interruptions(self) -> Interruptions | None:
+        """What prompts to come add to iterations; None while the load is not known."""
+        return self._interruptions
+
+    @property
+    def work(self) -> PromptWork | None:
+        """How many prompt tokens come; None while hardly any do."""
+        return self._work
+
+    @property
     def refund_watts(self) -> float:
         """What a second less of computing is worth at this load, of one GPU."""
         return self._refund_watts

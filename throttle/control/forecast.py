@@ -22,6 +22,7 @@ from throttle.control.slack import SlackTable, measure_aggregate_slack, measure_
 from throttle.control.state import EngineProfile, IterationState, Phase
 
 from throttle.control.compiled import lateness as compiled_lateness
+from throttle.control.compiled import projection as compiled_projection
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -148,9 +149,12 @@ class Forecaster:
         """What comes after `state`, if the clock stays as it is."""
         if not self._scoreboard.knows_requests:
             return project_aggregates(state.scheduled, _AGGREGATE_HORIZON_ITERATIONS)
+        successors = self._outlook.successors(self._lengths.everyone, clock_index)
+        if compiled_projection is not None:
+            lengths = self._lengths.table(self._scoreboard.length_classes)
+            return compiled_projection.project(live, lengths, self._profile, successors)
         running = self._lengths.planned_tokens(self._request_lengths(live.running))
         waiting = self._lengths.planned_tokens(self._request_lengths(live.waiting))
-        successors = self._outlook.successors(self._lengths.everyone, clock_index)
         return project(live, running, waiting, self._profile, successors)
 
     def forecast(self, state: IterationState, horizon: Horizon) -> Forecast:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import njit
 
-from throttle.control.compiled.elementary import cube_roots, exponentials
+from predictors.elementary import cube_roots, exponentials
 from throttle.control.lateness import (
     BOUND_DEVIATIONS,
     LEAST_SHARE,

@@ -23,6 +23,7 @@ from throttle.control.state import EngineProfile, IterationState, Phase
 
 from throttle.control.compiled import lateness as compiled_lateness
 from throttle.control.compiled import projection as compiled_projection
+from throttle.control.compiled import slack as compiled_slack
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -161,12 +162,10 @@ class Forecaster:
         """What every clock would do with a horizon, which is not empty."""
         now = state.engine_time_seconds
         prediction = self._predict(horizon.shapes, now)
-        mixed = horizon.shapes[:, 1] > 0
-        latency, upper = self._feedback.correct(prediction, mixed)
+        latency, upper, joules, seconds = self._correct(prediction, horizon)
         lateness = None
         if self._scoreboard.knows_requests:
-            stretch = self._outlook.stretch_ratio(horizon)
-            slack = measure_slack(horizon, latency, upper, now, self._guards, stretch_ratio=stretch)
+            slack = self._slack(horizon, latency, upper, now)
             lateness = self._lateness(horizon, latency, upper, now)
         else:
             slack = measure_aggregate_slack(
@@ -178,13 +177,37 @@ class Forecaster:
             latency_seconds=latency[0],
             latency_upper_seconds=upper[0],
             power_watts=prediction.power_watts[0] * (len(self._profile.gpu_uuids) * power_ratio),
-            horizon_joules=horizon.iterations @ (latency * prediction.power_watts) * power_ratio,
-            horizon_seconds=horizon.iterations @ latency,
+            horizon_joules=joules,
+            horizon_seconds=seconds,
             slack=slack,
             lateness=lateness,
             covered=bool(self._predictor.covers(horizon.shapes[:near]).all()),
             kv_pressed=self._kv_pressed(state, horizon),
         )
+
+    def _correct(
+        self, prediction: Prediction, horizon: Horizon
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Latency and bound by what was observed, (K, C); the horizon's energy and time, (C,)."""
+        if compiled_slack is not None:
+            return compiled_slack.correct(prediction, horizon, self._feedback)
+        latency, upper = self._feedback.correct(prediction, horizon.shapes[:, 1] > 0)
+        joules = horizon.iterations @ (latency * prediction.power_watts)
+        return latency, upper, joules * self._feedback.power_ratio, horizon.iterations @ latency
+
+    def _slack(
+        self,
+        horizon: Horizon,
+        latency: NDArray[np.float64],
+        upper: NDArray[np.float64],
+        now: float,
+    ) -> SlackTable:
+        if compiled_slack is not None:
+            return compiled_slack.measure_slack(
+                horizon, latency, upper, now, self._guards, self._outlook.interruptions
+            )
+        stretch = self._outlook.stretch_ratio(horizon)
+        return measure_slack(horizon, latency, upper, now, self._guards, stretch_ratio=stretch)
 
     def _kv_pressed(self, state: IterationState, horizon: Horizon) -> bool:
         ratio, blocks_count = self._settings.kv_pressure_ratio, self._profile.kv_blocks_count

@@ -194,6 +194,12 @@ class SweepPredictor(BundlePredictor):
         if type(space) is FeatureSpace and space.whole:
             self._features = CompiledFeatures(space, self._base.weights, self._power_base.weights)
 
+    def covers(self, shapes: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Tell, per shape, whether its load lies inside the range seen in training, shape (K,)."""
+        inside = np.empty(len(shapes), np.bool_)
+        _covers(shapes, self._lowest, self._highest, inside)
+        return inside
+
     def predict(self, shapes: NDArray[np.float64]) -> Prediction:
         """Predict a (K, 7) matrix of shapes at every clock; see `Predictor.predict`."""
         built = None if self._features is None else self._features.build(shapes)
@@ -222,6 +228,27 @@ class SweepPredictor(BundlePredictor):
             prediction.power_watts,
         )
         return prediction
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _covers(
+    shapes: NDArray[np.float64],
+    lowest: NDArray[np.float64],
+    highest: NDArray[np.float64],
+    inside: NDArray[np.bool_],
+) -> None:
+    """Compare `envelope_columns` with their ranges."""
+    for row in range(len(shapes)):
+        covered = True
+        for column in range(len(lowest)):
+            if column < 6:
+                value = shapes[row, column]
+            elif column == 6:
+                value = shapes[row, 1] + shapes[row, 5]
+            else:
+                value = shapes[row, 4] / max(shapes[row, 3], 1.0)
+            covered = covered and lowest[column] <= value <= highest[column]
+        inside[row] = covered
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -58,6 +58,7 @@ class LoadEstimator:
     def __init__(self, time_constant_seconds: float, settling_seconds: float) -> None:
         self._time_constant_seconds = time_constant_seconds
         self._settling_seconds = settling_seconds
+        self._known: OfferedLoad | None = None  # since the last state
         self._last_seconds: float | None = None
         self._seen_seconds = 0.0
         self._weight_seconds = 0.0
@@ -73,6 +74,7 @@ class LoadEstimator:
         """Take in a completed iteration or a heartbeat; a planned state is not yet work done."""
         if state.phase is Phase.PLANNED:
             return
+        self._known = None
         now = state.engine_time_seconds
         if self._last_seconds is not None:
             self._age(now - self._last_seconds)
@@ -92,7 +94,12 @@ class LoadEstimator:
 
     def load(self) -> OfferedLoad | None:
         """The present estimate; None until enough engine time was seen, or while nothing came."""
-        if self._seen_seconds < self._settling_seconds or self._decode_tokens < 1e-6:
+        if self._known is None and self._seen_seconds >= self._settling_seconds:
+            self._known = self._estimate()
+        return self._known
+
+    def _estimate(self) -> OfferedLoad | None:
+        if self._decode_tokens < 1e-6:
             return None
         iterations = max(self._prefill_iterations, 1e-9)
         return OfferedLoad(

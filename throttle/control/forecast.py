@@ -21,14 +21,11 @@ from throttle.control.scoreboard import Column, LiveRequests, Scoreboard
 from throttle.control.slack import SlackTable, measure_aggregate_slack, measure_slack
 from throttle.control.state import EngineProfile, IterationState, Phase
 
-from throttle.control.compiled import lateness as compiled_lateness
-from throttle.control.compiled import projection as compiled_projection
-from throttle.control.compiled import slack as compiled_slack
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from predictors.prediction import Predictor
+    from throttle.control.compilation import CompiledSteps
     from throttle.control.scoreboard import EndedRequest
     from throttle.control.settings import ControlSettings
 
@@ -85,6 +82,7 @@ class Forecaster:
         settings: What the operator tuned.
         scoreboard: The engine's requests; its owner keeps it true.
         clocks: First and last index of the clocks that may be chosen.
+        steps: Compiled code to use; None for the definitions.
     """
 
     def __init__(
@@ -94,7 +92,9 @@ class Forecaster:
         settings: ControlSettings,
         scoreboard: Scoreboard,
         clocks: tuple[int, int],
+        steps: CompiledSteps | None = None,
     ) -> None:
+        self._steps = steps
         self._profile = profile
         self._predictor = predictor
         self._settings = settings
@@ -151,9 +151,9 @@ class Forecaster:
         if not self._scoreboard.knows_requests:
             return project_aggregates(state.scheduled, _AGGREGATE_HORIZON_ITERATIONS)
         successors = self._outlook.successors(self._lengths.everyone, clock_index)
-        if compiled_projection is not None:
+        if self._steps is not None:
             lengths = self._lengths.table(self._scoreboard.length_classes)
-            return compiled_projection.project(live, lengths, self._profile, successors)
+            return self._steps.project(live, lengths, self._profile, successors)
         running = self._lengths.planned_tokens(self._request_lengths(live.running))
         waiting = self._lengths.planned_tokens(self._request_lengths(live.waiting))
         return project(live, running, waiting, self._profile, successors)
@@ -189,8 +189,8 @@ class Forecaster:
         self, prediction: Prediction, horizon: Horizon
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Latency and bound by what was observed, (K, C); the horizon's energy and time, (C,)."""
-        if compiled_slack is not None:
-            return compiled_slack.correct(prediction, horizon, self._feedback)
+        if self._steps is not None:
+            return self._steps.correct(prediction, horizon, self._feedback)
         latency, upper = self._feedback.correct(prediction, horizon.shapes[:, 1] > 0)
         joules = horizon.iterations @ (latency * prediction.power_watts)
         return latency, upper, joules * self._feedback.power_ratio, horizon.iterations @ latency
@@ -202,8 +202,8 @@ class Forecaster:
         upper: NDArray[np.float64],
         now: float,
     ) -> SlackTable:
-        if compiled_slack is not None:
-            return compiled_slack.measure_slack(
+        if self._steps is not None:
+            return self._steps.measure_slack(
                 horizon, latency, upper, now, self._guards, self._outlook.interruptions
             )
         stretch = self._outlook.stretch_ratio(horizon)
@@ -238,8 +238,8 @@ class Forecaster:
         upper: NDArray[np.float64],
         now: float,
     ) -> Lateness | None:
-        if compiled_lateness is not None:
-            return compiled_lateness.expect_lateness(
+        if self._steps is not None:
+            return self._steps.expect_lateness(
                 horizon,
                 latency,
                 upper,

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _TERMS_COUNT = len(TERMS)
 _LEAST_TABLE_TOKENS = float(TABLE_TOKENS[0])
-_LOG_MOST_TOKENS = float(LOG_TABLE_TOKENS[-1])
 
 
 class _Constants(NamedTuple):
@@ -121,7 +120,7 @@ class CompiledFeatures:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _build(  # noqa: PLR0914, PLR0917 - the quantities of two definitions, in positions
+def _build(
     shapes: NDArray[np.float64],
     constants: NDArray[np.float64],
     table: NDArray[np.float64],
@@ -143,10 +142,11 @@ def _build(  # noqa: PLR0914, PLR0917 - the quantities of two definitions, in po
         # FeatureSpace.work
         if len(table):
             log_tokens = np.log(max(tokens, _LEAST_TABLE_TOKENS))
-            low = np.searchsorted(LOG_TABLE_TOKENS, log_tokens, side="right") - 1
-            low = min(low, len(table) - 2)
-            slope = (table[low + 1] - table[low]) / (LOG_TABLE_TOKENS[low + 1] - LOG_TABLE_TOKENS[low])
-            active = table[low] + slope * (min(log_tokens, _LOG_MOST_TOKENS) - LOG_TABLE_TOKENS[low])
+            place = np.searchsorted(LOG_TABLE_TOKENS, log_tokens, side="right") - 1
+            low = min(place, len(table) - 2)
+            start, end = LOG_TABLE_TOKENS[low], LOG_TABLE_TOKENS[low + 1]
+            share = (min(log_tokens, end) - start) / (end - start)
+            active = table[low] + (table[low + 1] - table[low]) * share
         elif constants[_LOG_MISSED] < 0.0:
             active = -experts * np.expm1(tokens * constants[_LOG_MISSED])
         else:

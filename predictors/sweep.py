@@ -16,9 +16,9 @@ import numpy as np
 from numba import njit
 
 from predictors.calibration import phases_of
-from predictors.errors import BundleError
 from predictors.compiled_features import CompiledFeatures
 from predictors.elementary import exponentials
+from predictors.errors import BundleError
 from predictors.features import CLOCK_FEATURE, FeatureSpace
 from predictors.prediction import Prediction
 from predictors.predictor import BundlePredictor
@@ -222,7 +222,7 @@ class SweepPredictor(BundlePredictor):
             self._bound_factors,
             self._static_watts,
             self._work_rates,
-            self.manifest.power_limit_watts,
+            float(self.manifest.power_limit_watts),
             prediction.latency_seconds,
             prediction.latency_upper_seconds,
             prediction.power_watts,
@@ -252,7 +252,7 @@ def _covers(
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _predict(  # noqa: PLR0917 (compiled functions take positions)
+def _predict(
     features: NDArray[np.float32],
     parts: NDArray[np.float64],
     work: NDArray[np.float64],
@@ -296,7 +296,7 @@ def _predict(  # noqa: PLR0917 (compiled functions take positions)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _sweep(  # noqa: C901 (one walk: a call per step would cost as much as the step)
+def _sweep(
     features: NDArray[np.float32],
     first: int,
     roots: NDArray[np.int32],
@@ -365,7 +365,7 @@ def _sweep(  # noqa: C901 (one walk: a call per step would cost as much as the s
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _finish_latency(  # noqa: PLR0917 (compiled functions take positions)
+def _finish_latency(
     latency: NDArray[np.float64],
     upper: NDArray[np.float64],
     factors: NDArray[np.float64],
@@ -400,7 +400,7 @@ def _finish_latency(  # noqa: PLR0917 (compiled functions take positions)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _finish_power(  # noqa: PLR0917 (compiled functions take positions)
+def _finish_power(
     power: NDArray[np.float64],
     latency: NDArray[np.float64],
     factors: NDArray[np.float64],

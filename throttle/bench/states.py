@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from predictors.bundle import find_bundle
@@ -23,6 +22,8 @@ from throttle.simulation.plant import Plant
 from throttle.simulation.workload import ClosedLoop, Lengths
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from predictors.predictor import BundlePredictor
     from throttle.control.state import EngineProfile, IterationState
 

@@ -113,9 +113,7 @@ def _results(arguments: argparse.Namespace) -> Iterator[Result]:
 
         predictor = shipped_predictor(arguments.bundles)
         for count in arguments.requests:
-            yield from bench_decision(
-                predictor, count, arguments.samples, arguments.pacing_seconds
-            )
+            yield from bench_decision(predictor, count, arguments.samples, arguments.pacing_seconds)
 
 
 def _line(result: Result) -> str:

@@ -1,4 +1,4 @@
-"""Steps of a decision as compiled code, where numba is there; the same numbers, a tenth of the time.
+"""Steps of a decision as compiled code, where numba is there: the same numbers, much sooner.
 
 Each has its definition in the module of the step itself, which serves where numba does not.
 """

@@ -97,7 +97,7 @@ class Controller:
         self._scoreboard = Scoreboard(profile.default_slos, steps)
         floor = int(np.flatnonzero(self._allowed)[0])
         self._forecaster = Forecaster(
-            profile, predictor, settings, self._scoreboard, (floor, self._ceiling), steps
+            profile, predictor, settings, self._scoreboard, (floor, self._ceiling), steps=steps
         )
         self._late_budget = LateBudget(settings.late_budget())
         self._fastest_seconds = 0.0  # what all iterations so far would have taken at the fastest

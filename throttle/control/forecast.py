@@ -92,6 +92,7 @@ class Forecaster:
         settings: ControlSettings,
         scoreboard: Scoreboard,
         clocks: tuple[int, int],
+        *,
         steps: CompiledSteps | None = None,
     ) -> None:
         self._steps = steps

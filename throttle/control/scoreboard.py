@@ -86,7 +86,7 @@ class EndedRequest:
     fastest_gap_ratio: float | None = None
 
 
-def advance(
+def advance(  # noqa: PLR0917 - as its compiled form takes them
     rows: NDArray[np.float64],
     running: NDArray[np.int64],
     computed: NDArray[np.int64],
@@ -251,8 +251,8 @@ class Scoreboard:
             self._running_index,
             np.array(progress.computed_prompt_tokens, dtype=np.int64),
             np.array(progress.generated_tokens, dtype=np.int64),
-            state.engine_time_seconds if done else math.nan,
-            self._fastest_seconds,
+            float(state.engine_time_seconds) if done else math.nan,
+            float(self._fastest_seconds),
         )
         return vanished
 

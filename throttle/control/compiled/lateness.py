@@ -81,7 +81,6 @@ def expect_lateness(
     else:
         windows, any_ratio = work.log_seconds, work.any_ratio
         log_mean, log_variance = work.log_mean_tokens, work.log_variance
-    came = newcomers is not None
     total, excess, number, slack = _lateness(
         horizon.decodes,
         horizon.prompts,
@@ -92,7 +91,7 @@ def expect_lateness(
         latency_seconds,
         latency_upper_seconds,
         judged_clocks(clocks),
-        now_seconds,
+        float(now_seconds),
         lengths.starts,
         lengths.survival,
         _NONE if interruptions is None else interruptions.batches,
@@ -101,11 +100,11 @@ def expect_lateness(
         any_ratio,
         log_mean,
         log_variance,
-        newcomers.tpot_seconds if newcomers is not None else -1.0,
-        newcomers.requests_per_second if newcomers is not None else 0.0,
-        newcomers.prompt_tokens_per_second if newcomers is not None else 0.0,
+        float(newcomers.tpot_seconds) if newcomers is not None else 0.0,
+        float(newcomers.requests_per_second) if newcomers is not None else 0.0,
+        float(newcomers.prompt_tokens_per_second) if newcomers is not None else 0.0,
         min(horizon.prefill_segments_count, len(horizon.iterations) - 1),
-        came,
+        newcomers is not None,
     )
     if total <= 0.0:
         return None
@@ -113,7 +112,7 @@ def expect_lateness(
 
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
-def _add_late(  # noqa: PLR0917 - compiled functions take positions
+def _add_late(
     shares: NDArray[np.float64],
     granted: NDArray[np.float64],
     seconds: NDArray[np.float64],
@@ -213,7 +212,7 @@ def _survival_at(x: float, starts: NDArray[np.float64], survival: NDArray[np.flo
 
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
-def _ending_shares(  # noqa: PLR0917 - compiled functions take positions
+def _ending_shares(
     row: NDArray[np.float64],
     generated: float,
     begin: float,
@@ -246,7 +245,7 @@ def _ending_shares(  # noqa: PLR0917 - compiled functions take positions
 
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
-def _lateness(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one pass, in positions, as compiled code is
+def _lateness(
     decodes: NDArray[np.float64],
     prompts: NDArray[np.float64],
     first_segments: NDArray[np.int64],

@@ -78,8 +78,8 @@ def project(
         profile.running_requests_limit,
         profile.kv_blocks_count,
         profile.kv_block_tokens,
-        -1.0 if successors is None else successors.batch_requests,
-        0.0 if successors is None else successors.context_tokens,
+        -1.0 if successors is None else float(successors.batch_requests),
+        0.0 if successors is None else float(successors.context_tokens),
     )
     return Horizon(
         shapes=shapes,
@@ -109,7 +109,8 @@ def _planned_tokens(
     if predicted > 0.0:  # NaN compares false
         remaining = predicted
     limit = max(row[_MAX_OUTPUT] - generated, 1.0)
-    return max(np.ceil(min(remaining, limit)), 1.0)
+    planned: float = max(np.ceil(min(remaining, limit)), 1.0)
+    return planned
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -126,7 +127,7 @@ def _admit(
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _project(  # noqa: C901, PLR0912, PLR0914, PLR0915, PLR0917 - one pass, in positions
+def _project(
     running: NDArray[np.float64],
     waiting: NDArray[np.float64],
     starts: NDArray[np.float64],

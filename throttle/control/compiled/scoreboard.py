@@ -23,7 +23,7 @@ _FIRST_FASTEST = int(Column.FIRST_FASTEST)
 
 
 @njit(cache=True, nogil=True)
-def advance(  # noqa: PLR0917 - compiled functions take positions
+def advance(
     rows: NDArray[np.float64],
     running: NDArray[np.int64],
     computed: NDArray[np.int64],

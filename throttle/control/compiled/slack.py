@@ -38,9 +38,7 @@ _TTFT, _TBT, _E2E = int(Slo.TTFT), int(Slo.TBT), int(Slo.E2E)
 
 def correct(
     prediction: Prediction, horizon: Horizon, feedback: PredictionFeedback
-) -> tuple[
-    NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]
-]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """`PredictionFeedback.correct`, and what the whole horizon takes.
 
     Returns:
@@ -90,19 +88,19 @@ def measure_slack(
         horizon.prefill_segments_count,
         latency_seconds,
         latency_upper_seconds,
-        now_seconds,
+        float(now_seconds),
         _NONE if interruptions is None else interruptions.batches,
         _NO_TABLE if interruptions is None else interruptions.ratios,
-        guards.ttft_ratio,
-        guards.tbt_ratio,
-        guards.e2e_ratio,
-        guards.reserve_seconds,
+        float(guards.ttft_ratio),
+        float(guards.tbt_ratio),
+        float(guards.e2e_ratio),
+        float(guards.reserve_seconds),
     )
     return SlackTable(slack, slos, numbers, lost_count)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _correct(  # noqa: PLR0917 - compiled functions take positions
+def _correct(
     predicted: NDArray[np.float64],
     predicted_upper: NDArray[np.float64],
     watts: NDArray[np.float64],
@@ -113,9 +111,7 @@ def _correct(  # noqa: PLR0917 - compiled functions take positions
     mixed_bias: float,
     mixed_widening: float,
     power_ratio: float,
-) -> tuple[
-    NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]
-]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     segments_count, clocks_count = len(shapes), predicted.shape[1]
     latency = np.empty((segments_count, clocks_count))
     upper = np.empty((segments_count, clocks_count))
@@ -139,7 +135,7 @@ def _correct(  # noqa: PLR0917 - compiled functions take positions
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _slack(  # noqa: C901, PLR0912, PLR0914, PLR0915, PLR0917 - one pass, in positions
+def _slack(
     prompts: NDArray[np.float64],
     decodes: NDArray[np.float64],
     prompt_lengths: NDArray[np.float64],

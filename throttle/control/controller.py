@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from throttle.control.compilation import compiled_steps
 from throttle.control.forecast import Forecast, Forecaster
 from throttle.control.lateness import LateBudget
 from throttle.control.scoreboard import LiveRequests, Scoreboard
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from predictors.prediction import Predictor
+    from throttle.control.cruise import Equilibrium
     from throttle.control.settings import ControlSettings
 
 
@@ -48,6 +50,21 @@ class Evaluation:
     rows: tuple[ClockRow, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _LongRun:
+    """What follows from an equilibrium for all decisions until the next.
+
+    Attributes:
+        equilibrium: Of the present load.
+        carried: Clocks that may be chosen and carry the load, (C,).
+        cruise_clock_mhz: That of least average power among them; 0 where there is none.
+    """
+
+    equilibrium: Equilibrium
+    carried: NDArray[np.bool_]
+    cruise_clock_mhz: int
+
+
 class Controller:
     """One engine's brain: takes states in, gives decisions out.
 
@@ -55,11 +72,18 @@ class Controller:
         profile: Who the engine is.
         predictor: Predicts its iterations.
         settings: What the operator tuned.
+        compiled: Use compiled code where numba is there; the decisions are the same.
     """
 
     def __init__(
-        self, profile: EngineProfile, predictor: Predictor, settings: ControlSettings
+        self,
+        profile: EngineProfile,
+        predictor: Predictor,
+        settings: ControlSettings,
+        *,
+        compiled: bool = True,
     ) -> None:
+        steps = compiled_steps() if compiled else None
         self._profile = profile
         self._settings = settings
         clocks = predictor.clocks_mhz
@@ -70,15 +94,16 @@ class Controller:
         self._clocks_mhz = clocks
         self._idle_power_watts = predictor.idle_power_watts
         self._selector = Selector(clocks, settings.hysteresis())
-        self._scoreboard = Scoreboard(profile.default_slos)
+        self._scoreboard = Scoreboard(profile.default_slos, steps)
         floor = int(np.flatnonzero(self._allowed)[0])
         self._forecaster = Forecaster(
-            profile, predictor, settings, self._scoreboard, (floor, self._ceiling)
+            profile, predictor, settings, self._scoreboard, (floor, self._ceiling), steps=steps
         )
         self._late_budget = LateBudget(settings.late_budget())
         self._fastest_seconds = 0.0  # what all iterations so far would have taken at the fastest
         self._fastest_ratio = 1.0  # duration at the fastest clock over that at the chosen one
         self._idle_since_seconds: float | None = None
+        self._known_long_run: _LongRun | None = None
 
     @property
     def latency_bias_ratio(self) -> float:
@@ -246,11 +271,17 @@ class Controller:
             return Binding(Slo.TPOT, lateness.request_number, left)
         return least
 
-    def _long_run_power_watts(self) -> NDArray[np.float64] | None:
+    def _long_run(self) -> _LongRun | None:
+        """Of the present equilibrium; computed anew once there is another."""
         equilibrium = self._forecaster.outlook.equilibrium
         if equilibrium is None:
             return None
-        return np.where(self._allowed, equilibrium.power_watts, np.inf)
+        if self._known_long_run is None or self._known_long_run.equilibrium is not equilibrium:
+            carried = self._allowed & np.isfinite(equilibrium.power_watts)
+            power = np.where(carried, equilibrium.power_watts, np.inf)
+            cruise = int(self._clocks_mhz[int(np.argmin(power))]) if carried.any() else 0
+            self._known_long_run = _LongRun(equilibrium, carried, cruise)
+        return self._known_long_run
 
     def _cost(self, forecast: Forecast) -> NDArray[np.float64] | None:
         """What the least is chosen of, positive, (C,); None while the load is not known.
@@ -260,8 +291,8 @@ class Controller:
         settles at, the least of it is the cruise clock; on the way there, and when work runs out,
         it is not.
         """
-        power = self._long_run_power_watts()
-        if power is None:
+        long_run = self._long_run()
+        if long_run is None:
             return None
         objective = self._settings.objective
         if objective == "lowest-clock":
@@ -274,14 +305,11 @@ class Controller:
         seconds = forecast.horizon_seconds
         joules = forecast.horizon_joules - refund * seconds
         cost = refund + joules / seconds[self._selector.current]
-        return cost if objective != "long-run" else np.where(np.isfinite(power), cost, np.inf)
+        return cost if objective != "long-run" else np.where(long_run.carried, cost, np.inf)
 
     def _cruise_clock_mhz(self) -> int:
-        power = self._long_run_power_watts()
-        if power is None:
-            return 0
-        best = int(np.argmin(power))
-        return int(self._clocks_mhz[best]) if np.isfinite(power[best]) else 0
+        long_run = self._long_run()
+        return 0 if long_run is None else long_run.cruise_clock_mhz
 
     def _row(self, forecast: Forecast, index: int, *, feasible: bool) -> ClockRow:
         slack = forecast.slack

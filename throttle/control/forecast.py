@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from predictors.prediction import Predictor
+    from throttle.control.compilation import CompiledSteps
     from throttle.control.scoreboard import EndedRequest
     from throttle.control.settings import ControlSettings
 
@@ -81,6 +82,7 @@ class Forecaster:
         settings: What the operator tuned.
         scoreboard: The engine's requests; its owner keeps it true.
         clocks: First and last index of the clocks that may be chosen.
+        steps: Compiled code to use; None for the definitions.
     """
 
     def __init__(
@@ -90,7 +92,10 @@ class Forecaster:
         settings: ControlSettings,
         scoreboard: Scoreboard,
         clocks: tuple[int, int],
+        *,
+        steps: CompiledSteps | None = None,
     ) -> None:
+        self._steps = steps
         self._profile = profile
         self._predictor = predictor
         self._settings = settings
@@ -146,21 +151,22 @@ class Forecaster:
         """What comes after `state`, if the clock stays as it is."""
         if not self._scoreboard.knows_requests:
             return project_aggregates(state.scheduled, _AGGREGATE_HORIZON_ITERATIONS)
+        successors = self._outlook.successors(self._lengths.everyone, clock_index)
+        if self._steps is not None:
+            lengths = self._lengths.table(self._scoreboard.length_classes)
+            return self._steps.project(live, lengths, self._profile, successors)
         running = self._lengths.planned_tokens(self._request_lengths(live.running))
         waiting = self._lengths.planned_tokens(self._request_lengths(live.waiting))
-        successors = self._outlook.successors(self._lengths.everyone, clock_index)
         return project(live, running, waiting, self._profile, successors)
 
     def forecast(self, state: IterationState, horizon: Horizon) -> Forecast:
         """What every clock would do with a horizon, which is not empty."""
         now = state.engine_time_seconds
-        prediction = self._predict(horizon.shapes, now)
-        mixed = horizon.shapes[:, 1] > 0
-        latency, upper = self._feedback.correct(prediction, mixed)
+        prediction = self._predict(horizon, now)
+        latency, upper, joules, seconds = self._correct(prediction, horizon)
         lateness = None
         if self._scoreboard.knows_requests:
-            stretch = self._outlook.stretch_ratio(horizon)
-            slack = measure_slack(horizon, latency, upper, now, self._guards, stretch_ratio=stretch)
+            slack = self._slack(horizon, latency, upper, now)
             lateness = self._lateness(horizon, latency, upper, now)
         else:
             slack = measure_aggregate_slack(
@@ -172,13 +178,37 @@ class Forecaster:
             latency_seconds=latency[0],
             latency_upper_seconds=upper[0],
             power_watts=prediction.power_watts[0] * (len(self._profile.gpu_uuids) * power_ratio),
-            horizon_joules=horizon.iterations @ (latency * prediction.power_watts) * power_ratio,
-            horizon_seconds=horizon.iterations @ latency,
+            horizon_joules=joules,
+            horizon_seconds=seconds,
             slack=slack,
             lateness=lateness,
             covered=bool(self._predictor.covers(horizon.shapes[:near]).all()),
             kv_pressed=self._kv_pressed(state, horizon),
         )
+
+    def _correct(
+        self, prediction: Prediction, horizon: Horizon
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Latency and bound by what was observed, (K, C); the horizon's energy and time, (C,)."""
+        if self._steps is not None:
+            return self._steps.correct(prediction, horizon, self._feedback)
+        latency, upper = self._feedback.correct(prediction, horizon.shapes[:, 1] > 0)
+        joules = horizon.iterations @ (latency * prediction.power_watts)
+        return latency, upper, joules * self._feedback.power_ratio, horizon.iterations @ latency
+
+    def _slack(
+        self,
+        horizon: Horizon,
+        latency: NDArray[np.float64],
+        upper: NDArray[np.float64],
+        now: float,
+    ) -> SlackTable:
+        if self._steps is not None:
+            return self._steps.measure_slack(
+                horizon, latency, upper, now, self._guards, self._outlook.interruptions
+            )
+        stretch = self._outlook.stretch_ratio(horizon)
+        return measure_slack(horizon, latency, upper, now, self._guards, stretch_ratio=stretch)
 
     def _kv_pressed(self, state: IterationState, horizon: Horizon) -> bool:
         ratio, blocks_count = self._settings.kv_pressure_ratio, self._profile.kv_blocks_count
@@ -209,6 +239,18 @@ class Forecaster:
         upper: NDArray[np.float64],
         now: float,
     ) -> Lateness | None:
+        if self._steps is not None:
+            return self._steps.expect_lateness(
+                horizon,
+                latency,
+                upper,
+                now_seconds=now,
+                lengths=self._lengths.table(self._scoreboard.length_classes),
+                interruptions=self._outlook.interruptions,
+                work=self._outlook.work,
+                newcomers=self._outlook.newcomers(self._lengths.everyone),
+                clocks=self._clocks,
+            )
         ends = np.cumsum(horizon.iterations)
         decodes = self._request_lengths(horizon.decodes)
         prompts = self._request_lengths(horizon.prompts, generated=1.0)
@@ -230,10 +272,11 @@ class Forecaster:
             clocks=self._clocks,
         )
 
-    def _predict(self, shapes: NDArray[np.float64], now: float) -> Prediction:
+    def _predict(self, horizon: Horizon, now: float) -> Prediction:
         """Predict the horizon, and in the same call what feedback and outlook ask for."""
-        observed = self._observations
-        due = self._outlook.due_shapes(now)
+        shapes, observed = horizon.shapes, self._observations
+        generated = horizon.decodes[:, Column.GENERATED]
+        due = self._outlook.due_shapes(now, self._lengths.everyone, generated)
         blocks = [shapes]
         if observed:
             blocks.append(np.array([each.shape for each in observed]))

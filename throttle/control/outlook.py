@@ -64,6 +64,7 @@ class Outlook:
         self._work: PromptWork | None = None
         self._interruptions: Interruptions | None = None
         self._equilibrium: Equilibrium | None = None
+        self._settled_load: OfferedLoad | None = None
         self._refund_watts = 0.0
         self._due_seconds = -np.inf
 
@@ -71,6 +72,16 @@ class Outlook:
     def equilibrium(self) -> Equilibrium | None:
         """What each clock settles at; None while the load is not known."""
         return self._equilibrium
+
+    @property
+    def interruptions(self) -> Interruptions | None:
+        """What prompts to come add to iterations; None while the load is not known."""
+        return self._interruptions
+
+    @property
+    def work(self) -> PromptWork | None:
+        """How many prompt tokens come; None while hardly any do."""
+        return self._work
 
     @property
     def refund_watts(self) -> float:
@@ -87,21 +98,35 @@ class Outlook:
         self._load.add(state)
         self._prompt_work.add(state)
 
-    def due_shapes(self, now_seconds: float) -> NDArray[np.float64] | None:
-        """Shapes whose prediction `settle` wants now, (S, 7); None while nothing is due."""
-        if now_seconds < self._due_seconds:
-            return None
+    def due_shapes(
+        self, now_seconds: float, lengths: LengthCurve, generated_tokens: NDArray[np.float64]
+    ) -> NDArray[np.float64] | None:
+        """Shapes whose prediction `settle` wants now, (S, 7); None while nothing is due.
+
+        Args:
+            now_seconds: Engine time.
+            lengths: How long answers are.
+            generated_tokens: Output so far of those that go on, (n,).
+        """
         load = self._load.load()
-        return None if load is None else equilibrium_shapes(load, self._limits)
+        if load is None or now_seconds < self._due_seconds:
+            return None
+        self._settled_load = load.with_answers_of(lengths.mean_tokens(generated_tokens))
+        return equilibrium_shapes(self._settled_load, self._limits)
 
     def settle(self, prediction: Prediction, now_seconds: float) -> None:
         """Compute everything anew.
 
         Args:
-            prediction: Of `due_shapes`, corrected by what was observed.
+            prediction: Of the last `due_shapes`, corrected by what was observed.
             now_seconds: Engine time.
+
+        Raises:
+            RuntimeError: No shapes were due.
         """
-        load = self._known_load()
+        load = self._settled_load
+        if load is None:
+            raise RuntimeError("no load is known; settle() takes the prediction of due_shapes()")
         resting = self._resting_power_watts
         equilibrium = settle(load, self._limits, prediction, resting)
         self._refund_watts = refund_watts(load, self._limits, prediction, equilibrium, resting)
@@ -146,12 +171,6 @@ class Outlook:
         stretch = self._interruptions.stretch_ratio(horizon.shapes[:, 3])
         stretch[: horizon.prefill_segments_count] = 1.0
         return stretch
-
-    def _known_load(self) -> OfferedLoad:
-        load = self._load.load()
-        if load is None:
-            raise RuntimeError("no load is known; settle() follows due_shapes() of the same state")
-        return load
 
 
 def _carrying_limits(profile: EngineProfile, settings: ControlSettings) -> CarryingLimits:

@@ -29,8 +29,8 @@ _MEMORY_ITERATIONS = 1024
 #: Fewer of them tell nothing yet.
 _LEAST_ITERATIONS = 20
 #: The variance within windows is taken for this many times what the last minute showed: bursts are
-#: rarer than the windows that were seen, and the tails of their work heavier than gamma's. Chosen on
-#: the Azure trace, where the share of late answers was twice the budget with 1.
+#: rarer than the windows that were seen, and the tails of their work heavier than gamma's. Chosen
+#: on the Azure trace, where the share of late answers was twice the budget with 1.
 _BURST_VARIANCE_RATIO = 1.5
 #: A work window begins with the iteration after the one that it is measured from.
 _SAME_MOMENT_SECONDS = 1e-4

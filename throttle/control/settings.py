@@ -44,8 +44,8 @@ class ControlSettings:
         violation_ratio: Share of iterations that may exceed the latency bound.
         floor_clock_ratio: Lowest clock while work runs, as a share of the highest.
         ceiling_clock_ratio: Highest clock ever chosen, as a share of the highest.
-        dwell_seconds: Engine time since the last change from which a lower clock needs no more than the
-            least gain; sooner it needs more, by the square of what is lacking.
+        dwell_seconds: Engine time since the last change from which a lower clock needs no more than
+            the least gain; sooner it needs more, by the square of what is lacking.
         least_dwell_seconds: Least engine time between a change and a lower clock.
         least_gain_ratio: Share of long-run power that a change must save.
         raise_step_ratio: Least relative step upwards when slack forces it.

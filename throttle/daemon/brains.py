@@ -13,6 +13,7 @@ from predictors.errors import ArchitectureError, BundleError
 from predictors.features import Parallelism
 from predictors.predictor import Engine, load_predictor
 from throttle.control.controller import Controller
+from throttle.control.warm_up import warm_up
 from throttle.errors import InvalidInputError, NotFoundError
 
 if TYPE_CHECKING:
@@ -151,16 +152,20 @@ class ControllerFactory:
         )
 
     def warm_up(self) -> Iterator[tuple[str, str]]:
-        """Load every bundle, which compiles what they share."""
+        """Load every bundle, and decide once, which compiles what they share."""
+        decided = False
         for manifest in sorted(self._directory.glob(f"*/{MANIFEST_FILE}")):
             try:
                 generic = load_bundle(manifest.parent).manifest.kind == "generic"
                 # a generic bundle predicts only once an engine says what it serves
-                reason = "" if generic else self._load(manifest.parent, None).fallback_reason
+                predictor = None if generic else self._load(manifest.parent, None)
+                if predictor is not None and not decided:
+                    warm_up(predictor)
+                    decided = True
             except BundleError as error:
                 yield manifest.parent.name, str(error)
             else:
-                yield manifest.parent.name, reason
+                yield manifest.parent.name, predictor.fallback_reason if predictor else ""
 
     def _load(self, path: Path, engine: Engine | None) -> BundlePredictor:
         # a bundle that was trained anew is read anew; predictors keep no state between calls

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 elementary = pytest.importorskip("predictors.elementary", reason="numba is an optional extra")
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-200, 1e200), min_size=1, max_size=40))
 def test_cube_roots_are_right_to_a_few_units_in_the_last_place(drawn):
     values = np.array(drawn)
@@ -18,6 +19,7 @@ def test_cube_roots_are_right_to_a_few_units_in_the_last_place(drawn):
     np.testing.assert_allclose(roots, np.cbrt(values), rtol=2e-15)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-690.0, 690.0), min_size=1, max_size=40))
 def test_exponentials_are_right_to_a_few_units_in_the_last_place(drawn):
     values = np.array(drawn)

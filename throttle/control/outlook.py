@@ -18,6 +18,7 @@ from throttle.control.cruise import (
     Interruptions,
     equilibrium_shapes,
     expect_interruptions,
+    growth_limit_ratio,
     refund_watts,
     settle,
 )
@@ -43,6 +44,7 @@ class Outlook:
         profile: Who the engine is.
         settings: What the operator tuned.
         idle_power_watts: Power of one GPU while nothing runs, at every clock, (C,).
+        ceiling: Index of the fastest clock that may be chosen.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class Outlook:
         profile: EngineProfile,
         settings: ControlSettings,
         idle_power_watts: NDArray[np.float64],
+        ceiling: int,
     ) -> None:
         self._profile = profile
+        self._ceiling = ceiling
         self._settings = settings
         # Where idle engines are parked, they rest at the lowest clock whatever the cruise clock is.
         resting = np.full_like(idle_power_watts, idle_power_watts[0])
@@ -65,6 +69,7 @@ class Outlook:
         self._interruptions: Interruptions | None = None
         self._equilibrium: Equilibrium | None = None
         self._settled_load: OfferedLoad | None = None
+        self._load_headroom_ratio: float | None = None
         self._refund_watts = 0.0
         self._due_seconds = -np.inf
 
@@ -87,6 +92,24 @@ class Outlook:
     def refund_watts(self) -> float:
         """What a second less of computing is worth at this load, of one GPU."""
         return self._refund_watts
+
+    @property
+    def load_headroom_ratio(self) -> float | None:
+        """Share by which the load may grow before the fastest allowed clock carries it no more.
+
+        Below 0 it is too much already; None while the load is not known.
+        """
+        return self._load_headroom_ratio
+
+    @property
+    def load(self) -> OfferedLoad | None:
+        """The load that was settled last."""
+        return self._settled_load
+
+    @property
+    def limits(self) -> CarryingLimits:
+        """What no equilibrium may exceed."""
+        return self._limits
 
     @property
     def least_resting_watts(self) -> float:
@@ -135,6 +158,8 @@ class Outlook:
         self._interruptions = expect_interruptions(
             load, self._limits, prediction, self._settings.burst_deviations
         )
+        fastest = prediction.latency_seconds[:, self._ceiling]
+        self._load_headroom_ratio = growth_limit_ratio(load, self._limits, fastest) - 1.0
         self._due_seconds = now_seconds + self._settings.cruise_period_seconds
 
     def successors(self, lengths: LengthCurve, clock_index: int) -> Successors | None:

@@ -11,6 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from throttle.control.advice import Advice
     from throttle.control.slack import Slo
 
 
@@ -56,6 +57,7 @@ class Decision:
         predicted_default_power_watts: The same at the default (fastest) clock.
         cruise_clock_mhz: Clock of least long-run power; 0 while the load is not known.
         lost_requests_count: Requests that no clock can save.
+        advice: On what is not decided here; None where the engine did not ask.
     """
 
     target_clock_mhz: int
@@ -68,6 +70,7 @@ class Decision:
     predicted_default_power_watts: float = 0.0
     cruise_clock_mhz: int = 0
     lost_requests_count: int = 0
+    advice: Advice | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,8 @@ class ControlSettings:
         e2e_guard_ratio: Share of the time left to a last token that may be planned with.
         reserve_seconds: Kept back from every first token for one switch and one decision.
         burst_deviations: Standard deviations of the number of prompts to come that are planned for.
+        hurry_lost: Run at the fastest clock while some request cannot be saved even by that, so
+            that it is less late; else such requests do not hold the clock up for the others.
         violation_ratio: Share of iterations that may exceed the latency bound.
         floor_clock_ratio: Lowest clock while work runs, as a share of the highest.
         ceiling_clock_ratio: Highest clock ever chosen, as a share of the highest.
@@ -68,6 +70,7 @@ class ControlSettings:
     e2e_guard_ratio: float = 0.9
     reserve_seconds: float = 0.05
     burst_deviations: float = 1.0
+    hurry_lost: bool = False
     violation_ratio: float = 0.01
     floor_clock_ratio: float = 0.2
     ceiling_clock_ratio: float = 1.0

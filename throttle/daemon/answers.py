@@ -10,6 +10,7 @@ from throttle.v1 import decision_pb2, throttle_service_pb2
 
 if TYPE_CHECKING:
     from throttle.actuation.backend import GpuReading
+    from throttle.control.advice import Advice
     from throttle.control.controller import Evaluation
     from throttle.control.selection import Binding, Decision
     from throttle.daemon.attribution import EngineEnergy, GpuEnergy
@@ -47,6 +48,7 @@ def decision_message(
         decision_duration_seconds=decision_duration_seconds,
         predicted_default_power_watts=decision.predicted_default_power_watts,
         predicted_default_iteration_seconds=decision.predicted_default_iteration_seconds,
+        advice=_advice_message(decision.advice) if decision.advice else None,
     )
 
 
@@ -139,6 +141,22 @@ def gpu_message(
 def reason_names(reasons: EventReason) -> list[str]:
     """Event reasons one by one, in lower case; bits that have no name are left out."""
     return [reason.name.lower() for reason in EventReason if reason in reasons and reason.name]
+
+
+def _advice_message(advice: Advice) -> decision_pb2.Advice:
+    return decision_pb2.Advice(
+        admissions=[
+            decision_pb2.AdmissionAdvice(
+                request_number=each.request_number,
+                verdict=decision_pb2.AdmissionVerdict.ValueType(each.verdict),
+                reason=decision_pb2.AdmissionReason.ValueType(each.reason),
+                first_token_seconds=each.first_token_seconds,
+            )
+            for each in advice.admissions
+        ],
+        load_headroom_ratio=advice.load_headroom_ratio,
+        least_gpus_count=advice.least_gpus_count,
+    )
 
 
 def _binding_message(binding: Binding) -> decision_pb2.BindingLimit:

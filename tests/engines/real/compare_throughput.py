@@ -5,9 +5,9 @@
 Each round starts two servers on a tiny random Qwen3-MoE, one of them with the adapter and a daemon
 to report to, and gives the same load to both by turns: 256 requests at once, which all run
 together. Two figures come of each pair: tokens per second, and processor time per token of every
-process of the engine. The engine is pinned to one core, daemon and load to the others, so that the
-adapter alone makes the difference; nothing of the engine's work is on a GPU, so that all of what an
-adapter computes is felt.
+process of the engine. The engine is pinned to one core, daemon and load to the others: with all of
+its work, the model's too, on one core, whatever an adapter computes is felt. `--free` lets the
+engine have every core, `--layers` makes the model's part larger.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from tests.engines.real.test_vllm import ADAPTERS
 RUNNING_COUNT = 256
 PROMPT_TOKENS = 32
 CORES = sorted(os.sched_getaffinity(0))
-ENGINE_CORES = set(CORES[:1])
 OTHER_CORES = set(CORES[1:]) or set(CORES)
 
 
-def start(folder, *arguments, **environment):
+def start(folder, options, *arguments, **environment):
     folder.mkdir()
-    os.sched_setaffinity(0, ENGINE_CORES)  # what is started inherits it
+    # what is started inherits it
+    os.sched_setaffinity(0, set(CORES) if options.free else set(CORES[:1]))
     try:
         return VllmServer(
-            folder, make_model(folder / "model", "qwen3-moe"),
+            folder, make_model(folder / "model", "qwen3-moe", num_hidden_layers=options.layers),
             "--max-num-seqs", RUNNING_COUNT, "--max-num-batched-tokens", 8192,
             "--kv-cache-memory-bytes", 128 * 1024**2, "--no-enable-prefix-caching",
             *arguments, VLLM_LOGGING_LEVEL="WARNING", **environment,
@@ -89,9 +89,9 @@ def one_round(folder, arguments, draw):
         stack.callback(daemon.stop)
         daemon.start()
         servers = {
-            "without": start(folder / "without"),
+            "without": start(folder / "without", arguments),
             "with": start(
-                folder / "with", *ADAPTERS[arguments.adapter],
+                folder / "with", arguments, *ADAPTERS[arguments.adapter],
                 THROTTLE_ADDRESS=daemon.target, THROTTLE_ENGINE_GPUS=GPU_UUID,
                 THROTTLE_ENGINE_MODE="act", THROTTLE_ENGINE_TPOT_SECONDS="0.2",
             ),
@@ -123,6 +123,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=2, help="fresh servers each")
     parser.add_argument("--pairs", type=int, default=12, help="in a round")
     parser.add_argument("--tokens", type=int, default=256, help="of each answer")
+    parser.add_argument("--layers", type=int, default=2, help="of the model")
+    parser.add_argument("--free", action="store_true", help="do not pin the engine to one core")
     arguments = parser.parse_args()
     draw = random.Random(1)
     speeds, costs, plain = [], [], []
@@ -135,7 +137,8 @@ def main():
                 print(f"tokens per second {speed:.3f}, processor time per token {cost:.3f}")
                 sys.stdout.flush()
     print(
-        f"\n{arguments.adapter}, {len(speeds)} pairs, {RUNNING_COUNT} running requests; without: "
+        f"\n{arguments.adapter}, {len(speeds)} pairs, {RUNNING_COUNT} running requests, "
+        f"{arguments.layers} layers{', not pinned' if arguments.free else ''}; without: "
         f"{statistics.median(speed for speed, _ in plain):.0f} tokens per second, "
         f"{1e6 * statistics.median(cost for _, cost in plain):.0f} us of processor per token"
     )

@@ -201,10 +201,10 @@ _SIZES = {
 }
 
 
-def make_model(folder, name):
+def make_model(folder, name, **sizes):
     """A tiny MoE model: its shape and a tokenizer of 512 words; the engine draws its weights."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(_SIZES | _MODELS[name]))
+    (folder / "config.json").write_text(json.dumps(_SIZES | _MODELS[name] | sizes))
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, 512)}
     tokenizer = {
         "version": "1.0",

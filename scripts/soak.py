@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PLANT = "h200-qwen3-30b-a3b"
+#: Of each engine: makes batches whose iterations last about 20 ms, so about 50 a second.
+REQUESTS_PER_SECOND = 8.0
 #: Engines of one process: they crash together.
 GROUP_COUNT = 4
 #: Growth is judged after this part of the time, or after five minutes if they come sooner.
@@ -53,6 +55,7 @@ class Report:
     states_per_second: float = 0.0
     overtaken_ratio: float = 0.0
     decision_p99_seconds: float = 0.0
+    machine_load_mean: float = 0.0
     memory_settled_bytes: float = 0.0
     memory_end_bytes: float = 0.0
     problems: list[str] = field(default_factory=list)
@@ -104,7 +107,7 @@ class Group:
         self._command = [
             sys.executable, "-m", "throttle.cli", "simulate", "--gpus-file", str(gpus),
             "--target", target, "--plant", PLANT, "--engines", str(count),
-            "--first-engine", str(first),
+            "--first-engine", str(first), "--requests-per-second", str(REQUESTS_PER_SECOND),
         ]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -165,12 +168,14 @@ def _play(  # noqa: PLR0917 - one scene, named here only
     started, length = time.monotonic(), arguments.minutes * 60.0
     settled_seconds = min(SETTLING_SECONDS, length * SETTLING_RATIO)
     memory: list[tuple[float, float]] = []
+    loads: list[float] = []
     crash_seconds = 0.0
     while (now := time.monotonic() - started) < length:
         if daemon.process.poll() is not None:
             report.problems.append(f"the daemon ended with {daemon.process.returncode}")
             return
         memory.append((now, daemon.memory_bytes()))
+        loads.append(os.getloadavg()[0])
         if now >= crash_seconds:
             _crash(draw.choice(groups), report, daemon, file, arguments.engines)
             crash_seconds = now + draw.uniform(0.5, 1.5) * arguments.crash_seconds
@@ -178,6 +183,7 @@ def _play(  # noqa: PLR0917 - one scene, named here only
               flush=True)  # fmt: skip
         time.sleep(SAMPLE_SECONDS)
     report.seconds = time.monotonic() - started
+    report.machine_load_mean = sum(loads) / len(loads)
     after = [each for seconds, each in memory if seconds >= settled_seconds]
     # the mean of some samples at each end: engines come and go
     part = max(1, len(after) // 5)

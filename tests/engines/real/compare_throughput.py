@@ -4,10 +4,12 @@
 
 Each round starts two servers on a tiny random Qwen3-MoE, one of them with the adapter and a daemon
 to report to, and gives the same load to both by turns: 256 requests at once, which all run
-together. Two figures come of each pair: tokens per second, and processor time per token of every
-process of the engine. The engine is pinned to one core, daemon and load to the others: with all of
-its work, the model's too, on one core, whatever an adapter computes is felt. `--free` lets the
-engine have every core, `--layers` makes the model's part larger.
+together. Three figures come of each pair: tokens per second; processor time per token of every
+process of the engine; and that of its loop alone, the threads that schedule and compute, for which
+tokens wait. The last two bear other programs on the machine, the first does not. The engine is
+pinned to one core, daemon and load to the others: with all of its work, the model's too, on one
+core, whatever an adapter computes is felt. `--free` lets the engine have every core, `--layers`
+makes the model's part larger.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 import urllib.request
@@ -31,6 +32,9 @@ RUNNING_COUNT = 256
 PROMPT_TOKENS = 32
 CORES = sorted(os.sched_getaffinity(0))
 OTHER_CORES = set(CORES[1:]) or set(CORES)
+#: vLLM's names of the processes whose main threads schedule and compute.
+LOOPS = ("VLLM::EngineCor", "VLLM::Worker")
+FIGURES = ("tokens per second", "processor time per token", "of the engine's loop alone")
 
 
 def start(folder, options, *arguments, **environment):
@@ -49,19 +53,25 @@ def start(folder, options, *arguments, **environment):
 
 
 def processor_seconds(pid):
-    """User and system time of a process and of everything below it that lives."""
-    ticks, below = 0, [pid]
+    """User and system time of a process and all below it that lives: of all, and of the loop."""
+    every, loop, below = 0.0, 0.0, [pid]
     for each in below:
         with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
+            every += _seconds(Path(f"/proc/{each}/stat"))
+            if Path(f"/proc/{each}/comm").read_text().startswith(LOOPS):
+                loop += _seconds(Path(f"/proc/{each}/task/{each}/stat"))
             for task in Path(f"/proc/{each}/task").iterdir():
                 below += map(int, (task / "children").read_text().split())
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return every, loop
+
+
+def _seconds(stat):
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def play(server, output_tokens, draw):
-    """Give the load once; returns tokens per second and processor seconds per token."""
+    """Give the load once; returns `FIGURES`."""
     prompts = [
         " ".join(f"w{draw.randrange(3, 512)}" for _ in range(PROMPT_TOKENS))
         for _ in range(RUNNING_COUNT)
@@ -77,11 +87,14 @@ def play(server, output_tokens, draw):
         tokens = json.loads(answer.read())["usage"]["completion_tokens"]
     seconds = time.monotonic() - started
     assert tokens == RUNNING_COUNT * output_tokens
-    return tokens / seconds, (processor_seconds(server.process.popen.pid) - before) / tokens
+    after = processor_seconds(server.process.popen.pid)
+    every, loop = ((last - first) / tokens for first, last in zip(before, after, strict=True))
+    assert loop > 0, "no process has the name of vLLM's loops"
+    return tokens / seconds, every, loop
 
 
 def one_round(folder, arguments, draw):
-    """Pairs on two fresh servers; yields ratios of both figures, and the figures without."""
+    """Pairs on two fresh servers; yields the figures without and with."""
     folder.mkdir()
     (folder / "daemon").mkdir()
     daemon = Daemon(folder / "daemon")
@@ -105,16 +118,10 @@ def one_round(folder, arguments, draw):
         for number in range(arguments.pairs):
             order = ("without", "with") if number % 2 else ("with", "without")
             found = {name: play(servers[name], arguments.tokens, draw) for name in order}
-            without, throttled = found["without"], found["with"]
-            yield throttled[0] / without[0], throttled[1] / without[1], without
+            yield found["without"], found["with"]
         # an adapter that fails is left out by the engine, and would cost nothing
         assert daemon.engine_status().states_count >= arguments.pairs * arguments.tokens
         assert "throttle adapter failed" not in servers["with"].process.text()
-
-
-def quartiles(values):
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.3f} (quartiles {low:.3f} to {high:.3f})"
 
 
 def main():
@@ -127,23 +134,23 @@ def main():
     parser.add_argument("--free", action="store_true", help="do not pin the engine to one core")
     arguments = parser.parse_args()
     draw = random.Random(1)
-    speeds, costs, plain = [], [], []
+    plain, ratios = [], []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.rounds):
-            for speed, cost, without in one_round(Path(folder) / str(number), arguments, draw):
-                speeds.append(speed)
-                costs.append(cost)
+            for without, throttled in one_round(Path(folder) / str(number), arguments, draw):
                 plain.append(without)
-                print(f"tokens per second {speed:.3f}, processor time per token {cost:.3f}")
-                sys.stdout.flush()
+                ratios.append([b / a for a, b in zip(without, throttled, strict=True)])
+                print("   ".join(f"{ratio:.3f}" for ratio in ratios[-1]), flush=True)
+    speed, every, loop = (statistics.median(column) for column in zip(*plain, strict=True))
     print(
-        f"\n{arguments.adapter}, {len(speeds)} pairs, {RUNNING_COUNT} running requests, "
+        f"\n{arguments.adapter}, {len(ratios)} pairs, {RUNNING_COUNT} running requests, "
         f"{arguments.layers} layers{', not pinned' if arguments.free else ''}; without: "
-        f"{statistics.median(speed for speed, _ in plain):.0f} tokens per second, "
-        f"{1e6 * statistics.median(cost for _, cost in plain):.0f} us of processor per token"
+        f"{speed:.0f} tokens per second, {1e6 * every:.1f} us of processor time per token, "
+        f"{1e6 * loop:.1f} us of it in the loop"
     )
-    print(f"tokens per second, with to without: {quartiles(speeds)}")
-    print(f"processor time per token, with to without: {quartiles(costs)}")
+    for name, column in zip(FIGURES, zip(*ratios, strict=True), strict=True):
+        low, middle, high = statistics.quantiles(column, n=4)
+        print(f"{name}, with to without: {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
     print(f"load of the machine: {os.getloadavg()[0]:.1f} on {len(CORES)} cores")
 
 

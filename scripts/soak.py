@@ -1,7 +1,8 @@
 """Plays simulated engines that connect, crash and return, and watches what the daemon keeps.
 
 Fails when memory grows, a GPU stays throttled after its engine is gone, an engine does not come
-back, or the daemon ends. Use: soak.py [--minutes 30] [--engines 32] [--out FOLDER]
+back, or the daemon ends. Use: soak.py [--minutes 30] [--engines 32] [--requests-per-second 8]
+[--out FOLDER]
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PLANT = "h200-qwen3-30b-a3b"
-#: Of each engine: makes batches whose iterations last about 20 ms, so about 50 a second.
+#: Makes batches whose iterations last about 20 ms: about 50 a second of each engine.
 REQUESTS_PER_SECOND = 8.0
 #: Engines of one process: they crash together.
 GROUP_COUNT = 4
@@ -101,13 +102,15 @@ class Daemon:
 class Group:
     """Some engines in one process."""
 
-    def __init__(self, first: int, count: int, gpus: Path, target: str, log: Path) -> None:
+    def __init__(
+        self, first: int, count: int, gpus: Path, target: str, log: Path, *, rate: float
+    ) -> None:
         self.uuids = [f"GPU-simulated-{number}" for number in range(first, first + count)]
         self._log = log
         self._command = [
             sys.executable, "-m", "throttle.cli", "simulate", "--gpus-file", str(gpus),
             "--target", target, "--plant", PLANT, "--engines", str(count),
-            "--first-engine", str(first), "--requests-per-second", str(REQUESTS_PER_SECOND),
+            "--first-engine", str(first), "--requests-per-second", str(rate),
         ]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -138,7 +141,7 @@ def soak(arguments: argparse.Namespace, report: Report) -> None:
         stack.callback(daemon.process.kill)
         groups = [
             Group(first, min(GROUP_COUNT, arguments.engines - first), gpus, daemon.target,
-                  out / "engines.log")
+                  out / "engines.log", rate=arguments.requests_per_second)
             for first in range(0, arguments.engines, GROUP_COUNT)
         ]  # fmt: skip
         for group in groups:
@@ -277,6 +280,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--engines", type=int, default=32)
+    parser.add_argument(
+        "--requests-per-second",
+        type=float,
+        default=REQUESTS_PER_SECOND,
+        help="of each engine; fewer let a small machine keep up (%(default)s)",
+    )
     parser.add_argument("--crash-seconds", type=float, default=20.0, help="mean time between them")
     parser.add_argument("--bundles", type=Path, default=Path("models"))
     parser.add_argument("--port", type=int, default=19470, help="for the daemon's metrics")

@@ -19,7 +19,7 @@ from tests.integration.processes import daemon_parts, is_running, kill_all
 from throttle.actuation.fake_nvml.library import environment
 from throttle.actuation.fake_nvml.machine import FakeGpu, FakeMachine
 from throttle.actuation.journal import left_slow_uuids
-from throttle.actuation.process import Orders
+from throttle.actuation.orders import Orders
 from throttle.actuation.settings import ActuationSettings
 from throttle.actuation.simulated import SimulatedGpu, SimulatedGpuFile
 

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
-from throttle.actuation.process import Orders
+from throttle.actuation.orders import Orders
 from throttle.actuation.supervisor import ACTUATOR_COMMAND, Supervisor
 from throttle.commands.configuration import (
     add_configuration,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from throttle.actuation.arbiter import Pending
     from throttle.actuation.audit import AuditLog
     from throttle.actuation.backend import GpuBackend
-    from throttle.actuation.hand import ClockChange, Hand
+    from throttle.actuation.hand import ClockChange, ClockState, Hand
     from throttle.actuation.journal import GpuRecord
     from throttle.actuation.leases import Grant
     from throttle.actuation.orders import Orders
@@ -61,7 +61,8 @@ class Service:
         self._settings = orders.settings
         self._changes: collections.deque[ClockChange] = collections.deque()
         self._waiting: dict[int, tuple[Request, Pending, int]] = {}
-        self._healths: dict[str, tuple[object, ...]] = {}
+        self._healths: dict[str, tuple[str, int]] = {}
+        self._states: dict[str, ClockState] = {}  # as the controller was told
         self._invalid_count = 0
         self._ending = ""  # why, once it is
         self._pulse = orders.pulse
@@ -119,10 +120,13 @@ class Service:
         problems = self._arbiter.problems()
         for uuid, hand in self._arbiter.hands.items():
             health = (problems.get(uuid, ""), hand.drifts_count)
+            changed = hand.busy_since_seconds is None and hand.clock_state != self._states.get(uuid)
             if self._healths.setdefault(uuid, ("", 0)) != health:
                 self._healths[uuid] = health
                 self._log("gpu_health", "warning", gpu_uuid=uuid, problem=health[0],
                           drifts_count=hand.drifts_count)  # fmt: skip
+                changed = True
+            if changed:
                 self._send_gpu(hand, None)
         for number in done:
             self._answer_done(*self._waiting.pop(number))
@@ -192,17 +196,19 @@ class Service:
         )
 
     def _send_gpu(self, hand: Hand, change: ClockChange | None) -> None:
-        problem = self._healths.get(hand.uuid, ("",))[0]
+        problem, state = self._healths.get(hand.uuid, ("", 0))[0], hand.clock_state
+        self._states[hand.uuid] = state
         self._send(
             Reply(
                 Say.GPU,
                 gpu=self._uuids.index(hand.uuid),
                 flags=int(bool(problem)),
+                clock_state=state,
                 from_mhz=hand.target_mhz if change is None else change.from_mhz,
                 clock_mhz=hand.target_mhz if change is None else change.to_mhz,
                 seconds=0.0 if change is None else change.duration_seconds,
                 count=hand.drifts_count,
-                text=str(problem),
+                text=problem,
             )
         )
 

@@ -60,7 +60,7 @@ def record(config: DaemonConfig, wait: Callable[[], object]) -> bool:
         InvalidInputError: The configuration records nothing.
     """
     from throttle.commands.profile import ExplorationFactory, Round  # noqa: PLC0415 (slow to load)
-    from throttle.daemon.server import build_server  # noqa: PLC0415
+    from throttle.daemon.assembly import build_server  # noqa: PLC0415
 
     if config.recordings is None:
         raise InvalidInputError("recordings", None, "a folder to record into")

@@ -52,8 +52,9 @@ def run(arguments: argparse.Namespace, actuator_command: Sequence[str] = ACTUATO
     # One prediction is too small for threads, and XGBoost reads this when it is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from throttle.actuation.remote import ActuatorEndedError  # noqa: PLC0415 - after the fork
+    from throttle.daemon.assembly import build_server  # noqa: PLC0415 - after the line above
     from throttle.daemon.logs import configure_logs  # noqa: PLC0415 - after the line above
-    from throttle.daemon.server import build_server, serve_until_signal  # noqa: PLC0415
+    from throttle.daemon.server import serve_until_signal  # noqa: PLC0415
 
     configure_logs(config.log_level, config.log_format)
     try:

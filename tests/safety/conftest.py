@@ -113,6 +113,27 @@ class World:
         self.channels.append(ours)
         return process, ours
 
+    def serve(self, socket_path, bundles, **flags):
+        """The whole daemon on these GPUs."""
+        flags = {
+            "socket": socket_path,
+            "backend": self.backend,
+            "gpus": ",".join(UUIDS),
+            "log-level": "error",
+            "bundles": bundles,
+            "actuation-state-directory": self.directory,
+            "actuation-lowering-interval-seconds": 0,
+        } | {name.replace("_", "-"): value for name, value in flags.items()}
+        if self.simulated_gpus:
+            flags["simulated-gpus"] = self.simulated_gpus
+        command = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "throttle.cli", "serve", *command],
+            env={**os.environ, **self.environment},
+        )
+        self.started.append(process)
+        return process
+
     def all_slow(self):
         return all(self.locks().values())
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 
 import grpc
@@ -20,18 +17,8 @@ ANSWER_SECONDS = 5.0
 
 
 def test_r09_a_hung_gpu_delays_no_other_engine_and_readiness_alone_goes_down(nvml_world, tmp_path):
-    command = [
-        sys.executable, "-m", "throttle.cli", "serve", "--socket", tmp_path / "socket",
-        "--backend", "nvml", "--gpus", "GPU-0,GPU-1", "--log-level", "error",
-        "--bundles", one_bundle(tmp_path, "h100-sxm__qwen3-30b-a3b__tp1ep1"),
-        "--actuation-state-directory", nvml_world.directory,
-        "--actuation-call-deadline-seconds", "0.5",
-        "--actuation-lowering-interval-seconds", "0",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        [str(part) for part in command], env={**os.environ, **nvml_world.environment}
-    )
-    nvml_world.started.append(process)
+    bundles = one_bundle(tmp_path, "h100-sxm__qwen3-30b-a3b__tp1ep1")
+    process = nvml_world.serve(tmp_path / "socket", bundles, actuation_call_deadline_seconds=0.5)
     with grpc.insecure_channel(f"unix:{tmp_path / 'socket'}") as channel:
         grpc.channel_ready_future(channel).result(DEADLINE_SECONDS)
         stub = throttle_service_pb2_grpc.ThrottleServiceStub(channel)

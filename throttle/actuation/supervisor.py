@@ -134,8 +134,11 @@ class Supervisor:
         privileges.die_with_parent(parent, signal.SIGTERM)
         return ours
 
-    def watch(self) -> int:
+    def watch(self, limit_seconds: float = math.inf) -> int:
         """Forward signals and reap until nothing is left.
+
+        Args:
+            limit_seconds: After so long, stop as on SIGTERM.
 
         Returns:
             Exit status: 0 when both ended in order and every GPU is at default clocks.
@@ -143,7 +146,10 @@ class Supervisor:
         if self._orders.backend == "nvml":
             with contextlib.suppress(ActuationError):  # the actuator says so, too
                 import_nvml_binding()
+        end_seconds = time.monotonic() + limit_seconds
         while self._controller or self._actuator or self._resetter:
+            if time.monotonic() >= end_seconds:
+                self._stop_controller()
             remaining = self._deadline_seconds - time.monotonic()
             if remaining <= 0 and not self._give_up():
                 break

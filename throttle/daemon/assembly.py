@@ -102,7 +102,7 @@ def build_server(
         brain_factory=brains,
         recording=RecordingPlan(config.recordings, simulated=config.backend == "simulated"),
         # a tool that explores clocks misses limits on purpose
-        breaker=config.breaker if channel is not None else None,
+        breaker=config.breaker if brain_factory is None else None,
         limits=SessionLimits(
             config.engines_limit, config.lease.minimum_seconds, config.lease.maximum_seconds
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from throttle.actuation.backend import EventReason, GpuReading
+from throttle.actuation.backend import ClockReading, EventReason
 from throttle.actuation.hand import ClockState, Hand
 from throttle.actuation.journal import NoRecord
 from throttle.actuation.leases import DEFAULT_CLOCKS, UNKNOWN_CLOCKS
@@ -28,9 +28,9 @@ class Gpu:
     def reset_clock(self, uuid):
         self._write(0)
 
-    def read(self, uuid):
+    def read_clock(self, uuid):
         clock = self.clock if self.clock is not None else self.lock or 1980
-        return GpuReading(clock, 100.0, 0.0, event_reasons=self.reasons)
+        return ClockReading(clock, self.reasons)
 
     def _write(self, clock_mhz):
         self.writes.append(clock_mhz)
@@ -147,7 +147,7 @@ def test_a_gpu_that_protects_itself_is_released_at_once(scene):
 
 def test_devices_with_a_time_of_their_own_are_judged_only_once_it_has_passed(scene):
     hand = scene.slowed()
-    scene.gpu.read = lambda uuid: GpuReading(1980, 1.0, 1.0, time_seconds=5.0)
+    scene.gpu.read_clock = lambda uuid: ClockReading(1980, time_seconds=5.0)
     for _ in range(5):
         scene.later(hand)
     assert hand.read_back is ClockState.REQUESTED

@@ -19,7 +19,7 @@ from throttle.errors import ActuationError, GpuDeniedError, GpuLostError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from throttle.actuation.backend import GpuBackend
+    from throttle.actuation.backend import ClockDriver
     from throttle.actuation.journal import Record
     from throttle.actuation.settings import ActuationSettings
 
@@ -88,7 +88,7 @@ class Hand:
     def __init__(
         self,
         uuid: str,
-        backend: GpuBackend,
+        backend: ClockDriver,
         record: Record,
         *,
         settings: ActuationSettings,
@@ -273,7 +273,7 @@ class Hand:
         self._look_at_seconds = now + self._settings.settle_seconds
         self.busy_since_seconds = now
         try:
-            reading = self._backend.read(self.uuid)
+            reading = self._backend.read_clock(self.uuid)
         except ActuationError:
             self.read_back = ClockState.REQUESTED
             return

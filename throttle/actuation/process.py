@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from throttle.actuation import privileges
 from throttle.actuation.audit import AuditLog
-from throttle.actuation.backends import make_backend
+from throttle.actuation.backends import make_clock_driver
 from throttle.actuation.journal import GpuRecord
 from throttle.actuation.orders import Orders
 from throttle.actuation.restore import restore
@@ -27,13 +27,13 @@ from throttle.errors import ConflictError, NotFoundError, ThrottleError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from throttle.actuation.backend import GpuBackend
+    from throttle.actuation.backend import ClockDriver
 
 #: For a daemon that was killed: its actuator resets its GPUs, then lets them go.
 _PATIENCE_SECONDS: Final = 2.0
 
 
-def run(orders: Orders, opener: Callable[[Orders], GpuBackend]) -> int:
+def run(orders: Orders, opener: Callable[[Orders], ClockDriver]) -> int:
     """Be the actuator, or reset GPUs and end when there is no channel.
 
     Args:
@@ -108,13 +108,13 @@ def drop_privileges() -> str:
     return privileges.keep_capabilities(privileges.CAP_SYS_ADMIN)
 
 
-def open_backend(orders: Orders) -> GpuBackend:
+def open_backend(orders: Orders) -> ClockDriver:
     """The driver that the orders name."""
     simulated_gpus = Path(orders.simulated_gpus) if orders.simulated_gpus else None
-    return make_backend(orders.backend, simulated_gpus)
+    return make_clock_driver(orders.backend, simulated_gpus)
 
 
-def main(argument: str, opener: Callable[[Orders], GpuBackend] = open_backend) -> int:
+def main(argument: str, opener: Callable[[Orders], ClockDriver] = open_backend) -> int:
     """Run by the supervisor; an error is one line."""
     try:
         return run(Orders.from_json(argument), opener)

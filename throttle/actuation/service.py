@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from throttle.actuation.arbiter import Pending
     from throttle.actuation.audit import AuditLog
-    from throttle.actuation.backend import GpuBackend
+    from throttle.actuation.backend import ClockDriver
     from throttle.actuation.hand import ClockChange, ClockState, Hand
     from throttle.actuation.journal import GpuRecord
     from throttle.actuation.leases import Grant
@@ -50,7 +50,7 @@ class Service:
     def __init__(
         self,
         channel: socket.socket,
-        backend: GpuBackend,
+        backend: ClockDriver,
         records: dict[str, GpuRecord],
         orders: Orders,
         log: AuditLog,

@@ -255,6 +255,6 @@ class Supervisor:
 
 def import_nvml_binding() -> None:
     """Import what a reset needs before it is urgent; initializes nothing, which a fork forbids."""
-    from throttle.actuation.nvml import import_binding  # noqa: PLC0415 - where there is a driver
+    from throttle.actuation.nvml_clocks import import_binding  # noqa: PLC0415 - where there is a driver
 
     import_binding()

@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.integration.engines import EngineStream, idle, registration, state
 from tests.safety.test_fuzz import one_bundle
-from throttle.v1 import throttle_service_pb2_grpc
+from throttle.v1 import throttle_service_pb2, throttle_service_pb2_grpc
 
 DEADLINE_SECONDS = 60.0
 #: An engine is answered in milliseconds; a call that hangs here would hang for ever.
@@ -52,6 +52,10 @@ def test_r09_a_hung_gpu_delays_no_other_engine_and_readiness_alone_goes_down(nvm
             other.decide(state(number))
             assert time.monotonic() - started < ANSWER_SECONDS
         assert status("live") == "SERVING"
+        told = stub.GetStatus(throttle_service_pb2.GetStatusRequest(), timeout=ANSWER_SECONDS)
+        problems = {gpu.gpu_uuid: gpu.problem for gpu in told.gpus}
+        assert "a driver call has been hanging" in problems["GPU-0"]
+        assert problems["GPU-1"] == ""
         fault.remove()
         wait_for_status("", "SERVING")
         assert nvml_world.locks()["GPU-0"] == 0

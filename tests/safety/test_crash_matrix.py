@@ -141,7 +141,8 @@ def test_an_actuator_that_stands_still_is_killed_and_the_gpus_return(world, reco
     assert "actuator_killed" in process.stderr.read()
 
 
-def test_an_actuator_that_stands_still_while_the_daemon_stops_is_killed_too(world):
+def test_an_actuator_that_stands_still_while_the_daemon_stops_is_killed_too(simulated_world):
+    world = simulated_world
     process, parts = world.started_and_set()
     os.kill(parts["actuator"], signal.SIGSTOP)
     process.send_signal(signal.SIGTERM)

@@ -238,12 +238,14 @@ def pytest_terminal_summary(terminalreporter):
         for name in ("default_seconds",)
         if name in dict(report.user_properties)
     ]
-    if rows and os.environ.get("TEST_SAFETY"):
+    if not os.environ.get("TEST_SAFETY"):
+        return
+    if rows:
         terminalreporter.write_sep("=", "crash matrix")
         terminalreporter.write_line("| case | default clocks after, seconds |\n|---|---:|")
-        for row in rows:
-            terminalreporter.write_line(row)
-        for report in terminalreporter.stats.get("passed", []):
-            figures = {n: v for n, v in report.user_properties if n != "default_seconds"}
-            if figures:
-                terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {figures}")
+    for row in rows:
+        terminalreporter.write_line(row)
+    for report in terminalreporter.stats.get("passed", []):
+        figures = {n: v for n, v in report.user_properties if n != "default_seconds"}
+        if figures:
+            terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {figures}")

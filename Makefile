@@ -117,11 +117,14 @@ PLANTS := h200-qwen3-30b-a3b h100-qwen3-30b-a3b h200-gpt-oss-120b h200-deepseek-
 
 models: $(PLANTS:%=model-%) model-generic  ## profile the simulated GPUs and train every shipped bundle
 
+# recordings of other plants or of another way to profile would be taken for finished rounds
 model-generic: .stamp-run
+	rm -rf out/generic
 	$(BIN)/python scripts/record_generic.py --out out/generic --minutes 3 --draws 0
 	$(BIN)/throttle-predictors train --generic --data out/generic --out models
 
 model-%: .stamp-run
+	rm -rf out/profiles/$*
 	$(BIN)/throttle profile --plant $* --minutes 20 --out out/profiles/$*
 	$(BIN)/throttle-predictors train --data out/profiles/$* --out models
 

@@ -20,8 +20,8 @@ SOURCES: tuple[str, ...] = ("uniform", "reported", "residuals", "all")
 _SKEWS = tuple(round(0.1 * step, 1) for step in range(16))
 
 #: Tokens at which the skewed formula is tabulated; between them it is linear in log tokens.
-_TABLE_TOKENS = np.geomspace(2.0**-6, 2.0**17, 24 * 4)
-_LOG_TABLE_TOKENS = np.log(_TABLE_TOKENS)
+TABLE_TOKENS = np.geomspace(2.0**-6, 2.0**17, 24 * 4)
+LOG_TABLE_TOKENS = np.log(TABLE_TOKENS)
 
 #: A skew must lower the error by this share before it replaces the uniform router: fits of latency
 #: hardly tell small skews apart.
@@ -92,25 +92,29 @@ class ActiveExperts:
         experts_count: E.
         experts_per_token: k.
         skew_exponent: s; 0 gives `expected_active_experts`.
+
+    Attributes:
+        experts_per_token: k.
+        table: A at `TABLE_TOKENS`; None for a uniform router, which needs none.
     """
 
     def __init__(
         self, experts_count: int, experts_per_token: int, skew_exponent: float = 0.0
     ) -> None:
-        self._experts_count, self._experts_per_token = experts_count, experts_per_token
-        self._table: NDArray[np.float64] | None = None
+        self._experts_count, self.experts_per_token = experts_count, experts_per_token
+        self.table: NDArray[np.float64] | None = None
         if skew_exponent > 0.0 and experts_per_token < experts_count:
             chosen = selection_probabilities(experts_count, experts_per_token, skew_exponent)
             with np.errstate(divide="ignore"):
                 missed = np.log1p(-chosen)
-            self._table = -np.expm1(np.multiply.outer(_TABLE_TOKENS, missed)).sum(axis=1)
+            self.table = -np.expm1(np.multiply.outer(TABLE_TOKENS, missed)).sum(axis=1)
 
     def __call__(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
         """Expected active experts of one layer, of the shape of `tokens`."""
-        if self._table is None:
-            return expected_active_experts(tokens, self._experts_count, self._experts_per_token)
-        logs = np.log(np.maximum(tokens, _TABLE_TOKENS[0]))
-        active: NDArray[np.float64] = np.interp(logs, _LOG_TABLE_TOKENS, self._table)
+        if self.table is None:
+            return expected_active_experts(tokens, self._experts_count, self.experts_per_token)
+        logs = np.log(np.maximum(tokens, TABLE_TOKENS[0]))
+        active: NDArray[np.float64] = np.interp(logs, LOG_TABLE_TOKENS, self.table)
         return active
 
 

@@ -184,6 +184,20 @@ class Roofline:
         self._kinds_fixed_seconds = np.array(kinds)[:, None] * FIXED_SECONDS_PER_LAYER
         self._seconds_per_sequence = layers.attention_heads_count * SECONDS_PER_SEQUENCE_HEAD
 
+    def constants(self) -> dict[str, float]:
+        """All that `terms` multiplies with, by name, for compiled code."""
+        moe, mla, block = (float(each) for each in self._kinds_fixed_seconds[:, 0])
+        return {
+            "seconds_per_flop": self._seconds_per_flop,
+            "seconds_per_attention_flop": self._seconds_per_attention_flop,
+            "seconds_per_byte": self._seconds_per_byte,
+            "seconds_per_sequence": self._seconds_per_sequence,
+            "fixed_seconds": self._fixed_seconds,
+            "moe_fixed_seconds": moe,
+            "mla_fixed_seconds": mla,
+            "block_fixed_seconds": block,
+        }
+
     def terms(self, work: Work) -> NDArray[np.float64]:
         """Times at maximum clock, (14, K) seconds, rows as in `TERMS`."""
         terms = np.empty((len(TERMS), len(work.kv_bytes)))
@@ -217,6 +231,11 @@ class LatencyBase(ABC):
 
     coefficients: dict[str, float]
     _weights: NDArray[np.float64]
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """How terms are weighed into parts, (6, T)."""
+        return self._weights
 
     def parts(self, terms: NDArray[np.float64]) -> NDArray[np.float64]:
         """Weigh terms (T, K) into the (6, K) parts that `seconds` adds up."""

@@ -311,6 +311,42 @@ class FeatureSpace:
         """Feature name -> unit, in order."""
         return FEATURES
 
+    @property
+    def whole(self) -> bool:
+        """Whether every GPU attends for every request: no replicas share them out."""
+        return self._replicas == 1
+
+    @property
+    def active_experts_table(self) -> NDArray[np.float64] | None:
+        """Active experts at `active_experts.TABLE_TOKENS`; None for a uniform router."""
+        return self._active_experts.table
+
+    def constants(self) -> dict[str, float]:
+        """All that `build` multiplies and compares with, by name, for compiled code."""
+        model = self.architecture
+        taken = self._active_experts.experts_per_token
+        uniform = taken < model.experts_count
+        return {
+            "log_missed": math.log1p(-taken / model.experts_count) if uniform else 0.0,
+            "experts_count": float(model.experts_count),
+            "active_experts_ratio": self._active_experts_ratio,
+            "ranks_count": float(self._ranks),
+            "spread": self._spread,
+            "full_pair_flops": self._full_pair_flops,
+            "windowed_pair_flops": self._windowed_pair_flops,
+            "full_kv_bytes": self._full_kv_bytes,
+            "windowed_kv_bytes": self._windowed_kv_bytes,
+            "window_tokens": float(model.sliding_window_tokens),
+            "bytes_per_expert": self._bytes_per_expert,
+            "expert_flops_per_token": self._expert_flops_per_token,
+            "projection_bytes": self._projection_bytes,
+            "flops_per_token": self._flops_per_token,
+            "flops_per_logit": self._flops_per_logit,
+            "communication_bytes": self._communication_bytes,
+            "activation_bytes": self._activation_bytes,
+            **self.roofline.constants(),
+        }
+
     def work(self, columns: NDArray[np.float64]) -> Work:
         """Work of K iterations on the busiest GPU.
 

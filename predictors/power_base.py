@@ -62,6 +62,11 @@ class PowerBase:
             [[self.coefficients[f"{kind}_{p}"] for p in _RATE_POWERS] for kind in work]
         )
 
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """How terms are weighed into kinds of work, (J, T)."""
+        return self._kinds
+
     def work(self, terms: NDArray[np.float64]) -> NDArray[np.float64]:
         """Work of each kind, (J, K), from terms (T, K)."""
         done: NDArray[np.float64] = self._kinds @ terms

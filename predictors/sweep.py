@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numba import njit
 
 from predictors.calibration import phases_of
+from predictors.compiled_features import CompiledFeatures
+from predictors.elementary import exponentials
 from predictors.errors import BundleError
-from predictors.features import CLOCK_FEATURE
+from predictors.features import CLOCK_FEATURE, FeatureSpace
 from predictors.prediction import Prediction
 from predictors.predictor import BundlePredictor
 
@@ -33,6 +35,12 @@ _LEAF = -1
 
 #: Deepest tree that the walk's stack holds.
 _MAXIMUM_DEPTH = 32
+
+#: Rows that walk a tree together, marked by the bits of a number.
+_ROWS_AT_ONCE = 32
+
+#: Branches that may wait: one at each level of a tree.
+_WAITING_LIMIT = _MAXIMUM_DEPTH + 1
 
 
 #: One node in 16 bytes. A leaf has feature `_LEAF` and its value as threshold; the right child
@@ -171,134 +179,252 @@ class SweepPredictor(BundlePredictor):
             for what, model in (("latency", bundle.latency_model), ("power", bundle.power_model))
         )
 
+        self._features: CompiledFeatures | None = None
+        self._compile_features()
+
+    def with_active_experts(self, ratio: float) -> Self:
+        """The same predictor with other active experts than its formula gives."""
+        adapted = super().with_active_experts(ratio)
+        adapted._compile_features()  # noqa: SLF001 (of this class)
+        return adapted
+
+    def _compile_features(self) -> None:
+        """Features of one model attended for as a whole are built by compiled code."""
+        space = self._space
+        if type(space) is FeatureSpace and space.whole:
+            self._features = CompiledFeatures(space, self._base.weights, self._power_base.weights)
+
+    def covers(self, shapes: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Tell, per shape, whether its load lies inside the range seen in training, shape (K,)."""
+        inside = np.empty(len(shapes), np.bool_)
+        _covers(shapes, self._lowest, self._highest, inside)
+        return inside
+
     def predict(self, shapes: NDArray[np.float64]) -> Prediction:
         """Predict a (K, 7) matrix of shapes at every clock; see `Predictor.predict`."""
-        features, terms = self._space.build(shapes)
-        rows = np.ascontiguousarray(features.T)
-        latency = self._margins(self._latency, rows)
-        power = self._margins(self._power, rows)
-        upper = np.empty_like(latency)
-        # a new array: other forms of `shapes` would be compiled for once more, while serving
-        phases = phases_of(shapes)
-        _finish_latency(
-            latency, upper, self._base.parts(terms), self._clock_ratios, phases, self._bound_factors
-        )
-        _finish_power(
-            power,
-            latency,
-            self._power_base.work(terms),
+        built = None if self._features is None else self._features.build(shapes)
+        if built is None:  # which also says what is wrong with shapes that are not allowed
+            features, terms = self._space.build(shapes)
+            built = features, self._base.parts(terms), self._power_base.work(terms)
+        form = (len(shapes), len(self._clock_ratios))
+        prediction = Prediction(np.empty(form), np.empty(form), np.empty(form))
+        _predict(
+            *built,
+            # a new array: other forms of `shapes` would be compiled for once more, while serving
+            phases_of(shapes),
+            self._latency.roots,
+            self._latency.nodes,
+            self._latency.base_score,
+            self._power.roots,
+            self._power.nodes,
+            self._power.base_score,
+            self._clock_ratios,
+            self._bound_factors,
             self._static_watts,
             self._work_rates,
-            self.manifest.power_limit_watts,
+            float(self.manifest.power_limit_watts),
+            prediction.latency_seconds,
+            prediction.latency_upper_seconds,
+            prediction.power_watts,
         )
-        return Prediction(latency, upper, power)
+        return prediction
 
-    def _margins(self, forest: Forest, rows: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Sum of the trees' values at every clock, (K, C)."""
-        margins = np.zeros((len(rows), len(self._clock_ratios)))
-        _sweep(
-            rows,
-            forest.roots,
-            forest.nodes,
-            forest.base_score,
-            margins,
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _covers(
+    shapes: NDArray[np.float64],
+    lowest: NDArray[np.float64],
+    highest: NDArray[np.float64],
+    inside: NDArray[np.bool_],
+) -> None:
+    """Compare `envelope_columns` with their ranges."""
+    for row in range(len(shapes)):
+        covered = True
+        for column in range(len(lowest)):
+            if column < 6:
+                value = shapes[row, column]
+            elif column == 6:
+                value = shapes[row, 1] + shapes[row, 5]
+            else:
+                value = shapes[row, 4] / max(shapes[row, 3], 1.0)
+            covered = covered and lowest[column] <= value <= highest[column]
+        inside[row] = covered
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _predict(
+    features: NDArray[np.float32],
+    parts: NDArray[np.float64],
+    work: NDArray[np.float64],
+    phases: NDArray[np.intp],
+    latency_roots: NDArray[np.int32],
+    latency_nodes: NDArray[Any],
+    latency_base_score: float,
+    power_roots: NDArray[np.int32],
+    power_nodes: NDArray[Any],
+    power_base_score: float,
+    clock_ratios: NDArray[np.float64],
+    bound_factors: NDArray[np.float64],
+    static_watts: NDArray[np.float64],
+    work_rates: NDArray[np.float64],
+    power_limit_watts: float,
+    latency: NDArray[np.float64],
+    upper: NDArray[np.float64],
+    power: NDArray[np.float64],
+) -> None:
+    """Fill latency, bound and power, (K, C) each; rows that the walk can mark at once in turn."""
+    rows_count, clocks_count = latency.shape
+    room = (clocks_count + 1) * min(rows_count, _ROWS_AT_ONCE)
+    bits, base = np.empty(room, np.int64), np.empty(clocks_count)
+    margins, factors = np.empty(room), np.empty(room)
+    for first in range(0, rows_count, _ROWS_AT_ONCE):
+        count = min(_ROWS_AT_ONCE, rows_count - first)
+        size = clocks_count * count
+        form = (clocks_count + 1, count)
+        sums = margins[: size + count].reshape(form)
+        ratios = factors[: size + count].reshape(form)
+        _sweep(features, first, latency_roots, latency_nodes, latency_base_score, sums)
+        exponentials(margins, bits, factors, size)
+        _finish_latency(
+            latency, upper, ratios, first, parts, clock_ratios, phases, bound_factors, base
         )
-        return margins
+        _sweep(features, first, power_roots, power_nodes, power_base_score, sums)
+        exponentials(margins, bits, factors, size)
+        _finish_power(
+            power, latency, ratios, first, work, static_watts, work_rates, power_limit_watts, base
+        )
 
 
-@njit(cache=True, nogil=True)
-def _sweep(  # noqa: C901 (one walk: a call per step would cost as much as the step)
-    rows: NDArray[np.float32],
+@njit(cache=True, nogil=True, error_model="numpy")
+def _sweep(
+    features: NDArray[np.float32],
+    first: int,
     roots: NDArray[np.int32],
     nodes: NDArray[Any],
     base_score: float,
     out: NDArray[np.float64],
 ) -> None:
-    """Fill `out` (K, C) with the forest's sums; `out` holds zeros before."""
-    count = out.shape[1]
-    waiting = np.empty(_MAXIMUM_DEPTH + 1, np.int32)
-    lows = np.empty(_MAXIMUM_DEPTH + 1, np.int32)
-    highs = np.empty(_MAXIMUM_DEPTH + 1, np.int32)
-    for root in roots:  # trees outside: their nodes stay in the cache for all rows
-        for row in range(rows.shape[0]):
-            waiting[0], lows[0], highs[0] = root, 0, count
-            left_over = 1
-            while left_over:
-                left_over -= 1
-                index, low, high = waiting[left_over], lows[left_over], highs[left_over]
-                split = nodes[index].feature
-                while split != _LEAF:
-                    left = nodes[index].left
-                    if split != CLOCK_FEATURE:
-                        # no jump: which way data goes is what a processor cannot guess
-                        index = left + (1 if rows[row, split] >= nodes[index].threshold else 0)
+    """Fill `out` (C + 1, rows) with the forest's sums for the rows from `first` on.
+
+    The last row of `out` is where intervals that reach beyond the last clock end.
+    """
+    clocks_count, rows_count = len(out) - 1, out.shape[1]
+    out[:] = 0.0
+    waiting = np.empty(_WAITING_LIMIT, np.int32)
+    marks = np.empty(_WAITING_LIMIT, np.int64)
+    lows = np.empty(_WAITING_LIMIT, np.int32)
+    highs = np.empty(_WAITING_LIMIT, np.int32)
+    everyone = np.int64((1 << rows_count) - 1)
+    for root in roots:
+        waiting[0], marks[0], lows[0], highs[0] = root, everyone, 0, clocks_count
+        left_over = 1
+        while left_over:
+            left_over -= 1
+            index, mark = waiting[left_over], marks[left_over]
+            low, high = lows[left_over], highs[left_over]
+            split = nodes[index].feature
+            while split != _LEAF:
+                left = nodes[index].left
+                if split != CLOCK_FEATURE:
+                    threshold = nodes[index].threshold
+                    right = np.int64(0)
+                    for row in range(rows_count):
+                        right |= np.int64(features[split, first + row] >= threshold) << row
+                    right &= mark
+                    if right == 0:
+                        index = left
+                    elif right == mark:
+                        index = left + 1
                     else:
-                        cut = nodes[index].cut
-                        if cut >= high:
-                            index = left
-                        elif cut <= low:
-                            index = left + 1
-                        else:
-                            waiting[left_over] = left + 1
-                            lows[left_over], highs[left_over] = cut, high
-                            left_over += 1
-                            index, high = left, cut
-                    split = nodes[index].feature
-                value = nodes[index].threshold
-                out[row, low] += value
-                if high < count:
-                    out[row, high] -= value
-    for row in range(rows.shape[0]):
-        total = base_score
-        for clock in range(count):
-            total += out[row, clock]
-            out[row, clock] = total
+                        waiting[left_over], marks[left_over] = left + 1, right
+                        lows[left_over], highs[left_over] = low, high
+                        left_over += 1
+                        index, mark = left, mark ^ right
+                else:
+                    cut = nodes[index].cut
+                    if cut >= high:
+                        index = left
+                    elif cut <= low:
+                        index = left + 1
+                    else:
+                        waiting[left_over], marks[left_over] = left + 1, mark
+                        lows[left_over], highs[left_over] = cut, high
+                        left_over += 1
+                        index, high = left, cut
+                split = nodes[index].feature
+            value = nodes[index].threshold
+            for row in range(rows_count):
+                added = value if (mark >> row) & 1 else np.float32(0.0)
+                out[low, row] += added
+                out[high, row] -= added
+    for row in range(rows_count):
+        out[0, row] += base_score
+    for clock in range(1, clocks_count):
+        for row in range(rows_count):
+            out[clock, row] += out[clock - 1, row]
 
 
-@njit(cache=True, nogil=True)
-def _finish_latency(  # noqa: PLR0917 (compiled functions take positions)
+@njit(cache=True, nogil=True, error_model="numpy")
+def _finish_latency(
     latency: NDArray[np.float64],
     upper: NDArray[np.float64],
+    factors: NDArray[np.float64],
+    first: int,
     parts: NDArray[np.float64],
     clock_ratios: NDArray[np.float64],
     phases: NDArray[np.intp],
     bound_factors: NDArray[np.float64],
+    base: NDArray[np.float64],
 ) -> None:
-    """Turn log residuals into seconds, in place, and fill the bound; neither rises with clock."""
-    for row in range(latency.shape[0]):
-        phase = phases[row]
-        slowest, slowest_bound = 0.0, 0.0
-        for clock in range(latency.shape[1] - 1, -1, -1):
+    """Turn factors (C, rows) into seconds and their bound; neither rises with clock."""
+    clocks_count = len(clock_ratios)
+    for row in range(factors.shape[1]):
+        at = first + row
+        flat, slope = parts[0, at], parts[1, at]
+        memory_1, compute_1, memory_2, compute_2 = parts[2:, at]
+        for clock in range(clocks_count):
             slowdown = 1.0 / clock_ratios[clock]
-            base = (  # FittedBase.seconds
-                parts[0, row]
-                + parts[1, row] * slowdown
-                + max(parts[2, row], parts[3, row] * slowdown)
-                + max(parts[4, row], parts[5, row] * slowdown)
+            base[clock] = (  # FittedBase.seconds
+                flat
+                + slope * slowdown
+                + max(memory_1, compute_1 * slowdown)
+                + max(memory_2, compute_2 * slowdown)
             )
-            slowest = max(slowest, base * np.exp(latency[row, clock]))
-            slowest_bound = max(slowest_bound, slowest * bound_factors[phase, clock])
-            latency[row, clock] = slowest
-            upper[row, clock] = slowest_bound
+        widths = bound_factors[phases[at]]
+        slowest = slowest_bound = 0.0
+        for clock in range(clocks_count - 1, -1, -1):
+            slowest = max(slowest, base[clock] * factors[clock, row])
+            slowest_bound = max(slowest_bound, slowest * widths[clock])
+            latency[at, clock] = slowest
+            upper[at, clock] = slowest_bound
 
 
-@njit(cache=True, nogil=True)
-def _finish_power(  # noqa: PLR0917 (compiled functions take positions)
+@njit(cache=True, nogil=True, error_model="numpy")
+def _finish_power(
     power: NDArray[np.float64],
     latency: NDArray[np.float64],
+    factors: NDArray[np.float64],
+    first: int,
     work: NDArray[np.float64],
     static_watts: NDArray[np.float64],
     work_rates: NDArray[np.float64],
     power_limit_watts: float,
+    base: NDArray[np.float64],
 ) -> None:
-    """Turn log ratios into watts, in place; never falling with clock, never above the limit."""
-    for row in range(power.shape[0]):
+    """Turn factors (C, rows) into watts, never falling with clock, never above the limit."""
+    clocks_count = len(static_watts)
+    for row in range(factors.shape[1]):
+        at = first + row
+        base[:] = 0.0
+        for kind in range(len(work)):  # PowerBase.watts
+            done = work[kind, at]
+            for clock in range(clocks_count):
+                base[clock] += done * work_rates[kind, clock]
+        for clock in range(clocks_count):
+            watts = static_watts[clock] + base[clock] / latency[at, clock]
+            base[clock] = min(watts, power_limit_watts)
         highest = 0.0
-        for clock in range(power.shape[1]):
-            joules = 0.0  # PowerBase.watts
-            for kind in range(work.shape[0]):
-                joules += work[kind, row] * work_rates[kind, clock]
-            base = min(static_watts[clock] + joules / latency[row, clock], power_limit_watts)
-            watts = min(base * np.exp(power[row, clock]), power_limit_watts)
+        for clock in range(clocks_count):
+            watts = min(base[clock] * factors[clock, row], power_limit_watts)
             highest = max(highest, watts)
-            power[row, clock] = highest
+            power[at, clock] = highest

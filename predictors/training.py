@@ -24,6 +24,7 @@ from predictors.fitting import (
     fit,
     fit_base,
 )
+from predictors.prediction import SHAPE_COLUMNS
 from predictors.predictor import fastest_predictor
 from predictors.subject import Subject, describe
 from predictors.training_rows import TrainingFrame, supported_clocks, training_frame
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 #: Rows that the choice of a routing skew looks at.
 _SKEW_ROWS_COUNT = 3000
+
+_DECODE_KV_COLUMN = SHAPE_COLUMNS.index("decode_kv_tokens")
 
 #: A clock this much below the lowest one recorded is still a candidate.
 _CLOCK_REACH_RATIO = 0.15
@@ -181,23 +184,40 @@ def save(bundle: Bundle, directory: Path) -> Path:
 
 
 def split(frame: TrainingFrame, settings: TrainingSettings) -> dict[str, NDArray[np.bool_]]:
-    """Rows of each part; a run (or block) is in one part only."""
-    groups = np.unique(frame.groups)
+    """Rows of each part; a run (or block) is in one part only.
+
+    Runs are dealt in order of the largest KV that they decoded with, in proportion to the parts:
+    few runs fill the KV cache, and each part should hold some of them. Training gets the first.
+
+    Raises:
+        RecordsError: There are too few runs or blocks.
+    """
+    groups, group_of = np.unique(frame.groups, return_inverse=True)
     names = ("validation", "calibration", "test")
     shares = (settings.validation_ratio, settings.calibration_ratio, settings.test_ratio)
-    counts = [max(1, round(share * len(groups))) for share in shares]
-    if sum(counts) >= len(groups):
+    counts = {
+        name: max(1, round(share * len(groups))) for name, share in zip(names, shares, strict=True)
+    }
+    held_out = sum(counts.values())
+    if held_out >= len(groups):
         raise RecordsError(
             f"the records hold {len(frame.seconds)} usable rows in {len(groups)} {frame.grouping}; "
-            f"allowed: {sum(counts) + 1} {frame.grouping} or more. Record longer"
+            f"allowed: {held_out + 1} {frame.grouping} or more. Record longer"
         )
-    shuffled = np.random.default_rng(settings.seed).permutation(groups)
-    parts, start = {}, 0
-    for name, count in zip(names, counts, strict=True):
-        parts[name] = np.isin(frame.groups, shuffled[start : start + count])
-        start += count
-    parts["train"] = np.isin(frame.groups, shuffled[start:])
-    return parts
+    wanted = {"train": len(groups) - held_out} | counts
+    reach = np.zeros(len(groups))
+    np.maximum.at(reach, group_of, frame.shapes[:, _DECODE_KV_COLUMN])
+    shuffled = np.random.default_rng(settings.seed).permutation(len(groups))
+    order = shuffled[np.argsort(-reach[shuffled], kind="stable")]
+    dealt: dict[str, list[int]] = {name: [] for name in wanted}
+    for place, group in enumerate(order, start=1):
+        behind = {
+            name: wanted[name] * place / len(groups) - len(dealt[name])
+            for name in wanted
+            if len(dealt[name]) < wanted[name]
+        }
+        dealt[max(behind, key=behind.__getitem__)].append(group)
+    return {name: np.isin(group_of, members) for name, members in dealt.items()}
 
 
 def envelope(shapes: NDArray[np.float64]) -> dict[str, tuple[float, float]]:

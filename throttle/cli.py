@@ -31,6 +31,7 @@ COMMANDS: Final = {
     "profile-engine": "record real engines while clocks follow an exploration plan",
     "load": "send a bounded load to an engine that serves OpenAI completions",
     "plant": "what one iteration costs on the simulated GPU",
+    "bench": "time a decision, the transport and the daemon",
     "compare": "compare clock policies on a simulated GPU",
     "replay": "run the controller again over a recorded stream",
 }

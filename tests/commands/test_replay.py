@@ -74,3 +74,58 @@ def test_a_file_that_is_no_recording_is_refused(capsys, tmp_path):
     path.write_text("no")
     assert cli.main(["replay", str(path)]) == 1
     assert "Parquet" in capsys.readouterr().err
+
+
+def decided(golden, tmp_path, *arguments):
+    out = tmp_path / "decisions.json"
+    assert cli.main(["replay", str(golden.RECORDING), "--json", str(out), *arguments]) == 0
+    return json.loads(out.read_text())
+
+
+def test_a_generic_bundle_is_bound_to_the_recorded_engine(golden, tmp_path):
+    found = decided(golden, tmp_path, "--bundle", str(ROOT / "models" / "generic-moe"))
+    assert found["bundle"] == "generic-moe"
+    clocks = read_metadata(golden.RECORDING).gpu_clocks_mhz
+    chosen = {each["target_clock_mhz"] for each in found["decisions"]}
+    assert chosen <= {0, *clocks}
+    assert len(chosen) > 3
+    predicted = [each["predicted_power_watts"] for each in found["decisions"]]
+    assert all(0.0 < watts <= 700.0 for watts in predicted if watts)
+    assert any(predicted)
+
+
+def test_a_bundle_of_another_gpu_is_refused(golden, capsys):
+    other = ROOT / "models" / "h100-sxm__qwen3-30b-a3b__tp1ep1"
+    assert cli.main(["replay", str(golden.RECORDING), "--bundle", str(other)]) == 1
+    assert "made for GPU 'h100-sxm'; the engine's is 'h200-sxm'" in capsys.readouterr().err
+
+
+def test_the_control_part_of_a_configuration_counts(golden, tmp_path):
+    bundles = ["--bundle", str(ROOT / "models")]
+    file = tmp_path / "throttle.toml"
+    # a daemon's file may leave to flags what replaying needs nothing of
+    file.write_text('tcp_address = "127.0.0.1:7077"\n[control]\nfloor_clock_ratio = 0.9\n')
+    plain = decided(golden, tmp_path, *bundles)
+    floored = decided(golden, tmp_path, *bundles, "--config", str(file))
+    assert floored["control"] == plain["control"] | {"floor_clock_ratio": 0.9}
+    cruising = [each for each in floored["decisions"] if each["reason"] == "cruise"]
+    assert cruising
+    assert min(each["target_clock_mhz"] for each in cruising) >= 0.9 * 1980
+    assert any(
+        each["reason"] == "cruise" and each["target_clock_mhz"] < 0.9 * 1980
+        for each in plain["decisions"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[control]\nfloor_clock_ratio = 7\n", "control.floor_clock_ratio is 7"),
+        ("[control]\nflor_clock_ratio = 0.5\n", "did you mean control.floor_clock_ratio?"),
+    ],
+)
+def test_a_configuration_that_serving_would_refuse_is_refused(text, said, golden, tmp_path, capsys):
+    file = tmp_path / "throttle.toml"
+    file.write_text(text)
+    assert cli.main(["replay", str(golden.RECORDING), "--config", str(file)]) == 1
+    assert said in capsys.readouterr().err

@@ -11,7 +11,7 @@ from throttle.commands import profile
 from throttle.commands.playing import gpu_entries
 from throttle.commands.profile import Profiling
 from throttle.simulation.plant import Plant
-from throttle.simulation.profiling import chosen_points, profiling_points
+from throttle.simulation.profiling import DeepFilling, chosen_points, profiling_points
 
 UUID = "GPU-simulated-0"
 
@@ -99,6 +99,57 @@ def test_every_beginning_of_the_points_is_spread(plant):
     assert {point.concurrency for point in first} >= {1, 4}
     assert any(point.concurrency >= 32 for point in first)
     assert any(point.lengths.output_tokens == (1, 1) for point in first)
+
+
+def fillings(kv_tokens, prompt_tokens_per_second, budget_seconds=1200.0):
+    filling = DeepFilling(kv_tokens, budget_seconds, 9)
+    points = [filling.point(index, prompt_tokens_per_second) for index in range(-1, 11)]
+    assert points[0] is None  # before the first
+    assert points[-2:] == [None, None]  # behind the last
+    return points[1:-2]
+
+
+def filled_tokens(point):
+    return point.concurrency * sum(point.lengths.prompt_tokens) / 2
+
+
+@pytest.mark.parametrize("tokens_per_second", [1500.0, 3000.0, 6000.0, 40_000.0, 1e6])
+def test_filling_takes_no_more_than_its_share_whatever_the_engine(tokens_per_second):
+    points = [point for point in fillings(4_000_000, tokens_per_second) if point]
+    seconds = sum(map(filled_tokens, points)) / tokens_per_second
+    assert seconds <= 0.15 * 1200.0
+    # an engine that cannot be filled further than other points do is not filled
+    assert bool(points) == (tokens_per_second > 3500.0)
+
+
+def test_a_slow_engine_is_filled_less_often_and_less_far():
+    fast, slow, slowest = (
+        [point for point in fillings(4_000_000, speed) if point]
+        for speed in (40_000.0, 8000.0, 6000.0)
+    )
+    assert len(fast) > len(slow) >= len(slowest) >= 3
+    depth_fast, depth_slow, depth_slowest = (
+        max(map(filled_tokens, points)) for points in (fast, slow, slowest)
+    )
+    assert depth_fast == pytest.approx(depth_slow, rel=0.01)
+    assert depth_slowest < 0.9 * depth_slow
+
+
+def test_fillings_are_spread_over_the_rounds_and_batches():
+    points = fillings(700_000, 40_000.0)
+    assert points[0] is not None  # a profile that is cut short has one, too
+    assert any(points[5:])
+    assert len({point.concurrency for point in points if point}) == 3
+
+
+def test_nothing_is_filled_before_the_speed_of_prompts_is_known():
+    assert fillings(700_000, 0.0) == [None] * 9
+
+
+def test_a_full_cache_is_recorded(plant, gpus, tmp_path):
+    profiling(plant, gpus, tmp_path, 240.0).run()
+    frame = read_records([tmp_path / "out"]).frame
+    assert frame["sum_decode_kv_tokens"].max() > 400_000
 
 
 def test_points_that_are_less_sure_are_drawn_more_often(plant):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from predictors.cli import main
 from predictors.dataset import read_records
 from predictors.errors import PredictorsError, RecordsError
-from predictors.training import save, train
+from predictors.prediction import SHAPE_COLUMNS
+from predictors.training import save, split, train
 from predictors.training_rows import training_frame
 from predictors.training_settings import TrainingSettings
 
@@ -50,6 +52,27 @@ def test_parts_are_split_by_run(bundle, recordings):
     sizes = {int((rows.groups == run).sum()) for run in np.unique(rows.groups)}
     assert data["parts_rows_counts"]["validation"] <= 2 * max(sizes)
     assert sum(data["parts_rows_counts"].values()) == data["rows_count"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_runs_with_much_kv_are_dealt_to_training_and_calibration(recordings, seed):
+    groups = np.repeat(np.arange(10), 40)
+    shapes = np.ones((400, len(SHAPE_COLUMNS)))
+    deep = np.random.default_rng(seed).choice(10, 4, replace=False)
+    shapes[np.isin(groups, deep), SHAPE_COLUMNS.index("decode_kv_tokens")] = 500_000.0
+    recorded = training_frame(read_records([recordings]))
+    frame = replace(recorded, shapes=shapes, groups=groups, seconds=np.ones(400))
+    parts = split(frame, TrainingSettings(seed=seed))
+    whole = sum(part.astype(int) for part in parts.values())
+    assert (whole == 1).all()
+    assert {name: len(np.unique(groups[part])) for name, part in parts.items()} == {
+        "train": 6,
+        "validation": 1,
+        "calibration": 2,
+        "test": 1,
+    }
+    furthest = {name: shapes[part].max() for name, part in parts.items()}
+    assert furthest["train"] == furthest["calibration"] == 500_000.0
 
 
 def test_a_single_run_is_split_by_contiguous_blocks(invented, tmp_path):

@@ -24,7 +24,12 @@ from throttle.control.state import Mode, Slos
 from throttle.daemon.brains import EngineBrain
 from throttle.errors import ThrottleError
 from throttle.simulation.plant import Plant, draw_plant
-from throttle.simulation.profiling import SweepingLoad, chosen_points, profiling_points
+from throttle.simulation.profiling import (
+    DeepFilling,
+    SweepingLoad,
+    chosen_points,
+    profiling_points,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -47,6 +52,8 @@ _IDLE_PAUSE_SECONDS = 1.0
 #: the others learn from those before.
 _ROUND_RATIO = 0.1
 _COVERING_ROUNDS_COUNT = 4
+#: A chunk of this share of the most that one iteration computes counts as full.
+_FULL_CHUNK_RATIO = 0.75
 #: Every this many clocks the ensemble is asked; weights between are linear.
 _ASKED_CLOCKS_COUNT = 12
 
@@ -175,9 +182,10 @@ class Profiling:
         self._one_chip = one_chip
         limits = plant.parameters.engine
         self._tokens_limit = limits.batched_tokens_limit
-        self._points = profiling_points(
-            plant.kv_blocks_count * limits.kv_block_tokens, limits.batched_tokens_limit
-        )
+        kv_tokens = plant.kv_blocks_count * limits.kv_block_tokens
+        self._points = profiling_points(kv_tokens, limits.batched_tokens_limit)
+        # the first round shows how fast prompts are
+        self._filling = DeepFilling(kv_tokens, budget_seconds, round(1.0 / _ROUND_RATIO) - 1)
 
     def run(self) -> None:
         """Record rounds until there is nothing left to do."""
@@ -244,9 +252,12 @@ class Profiling:
 
     def _next_round(self, index: int, left_seconds: float, advice: Advice | None) -> Round:
         seconds = min(_ROUND_RATIO * self._budget, left_seconds)
+        deep = self._filling.point(index - 1, self._prompt_tokens_per_second())
+        first = (deep,) if deep is not None else ()
         if advice is None or index < _COVERING_ROUNDS_COUNT:
             start = index * len(self._points) // _COVERING_ROUNDS_COUNT % len(self._points)
-            return Round(index, seconds, (*self._points[start:], *self._points[:start]), None)
+            points = (*first, *self._points[start:], *self._points[:start])
+            return Round(index, seconds, points, None)
         generator = random.Random(f"{self._seed} {index}")  # noqa: S311 - not a secret
         points = chosen_points(
             self._points, advice.disagreement.mean(axis=1).tolist(), len(self._points), generator
@@ -254,7 +265,20 @@ class Profiling:
         by_clock = advice.disagreement.mean(axis=0)
         clocks = np.array(self._plant.clocks_mhz)
         unsure = np.interp(clocks, self._asked_clocks(), by_clock / max(by_clock.mean(), 1e-9))
-        return Round(index, seconds, points, (0.5 + unsure).tolist())
+        return Round(index, seconds, (*first, *points), (0.5 + unsure).tolist())
+
+    def _prompt_tokens_per_second(self) -> float:
+        """How fast full chunks of prompts were computed so far, over all clocks; 0 before any."""
+        import pyarrow.parquet as pq  # noqa: PLC0415 (as the recorder does)
+
+        tokens, seconds = 0.0, 0.0
+        for path in self._recordings():
+            columns = ["sum_prefill_tokens", "iteration_duration_seconds"]
+            rows = pq.read_table(path, columns=columns).to_pandas().dropna()
+            full = rows[rows["sum_prefill_tokens"] >= _FULL_CHUNK_RATIO * self._tokens_limit]
+            tokens += float(full["sum_prefill_tokens"].sum())
+            seconds += float(full["iteration_duration_seconds"].sum())
+        return tokens / seconds if seconds > 0.0 else 0.0
 
     def _record(self, planned: Round) -> None:
         from throttle.daemon.assembly import build_server  # noqa: PLC0415

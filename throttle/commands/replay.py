@@ -8,15 +8,16 @@ import itertools
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from predictors.bundle import MANIFEST_FILE, find_bundle
 from predictors.dataset import METADATA_KEY, RecordsMetadata
-from predictors.predictor import load_predictor
-from throttle.control.controller import Controller
 from throttle.control.settings import ControlSettings
 from throttle.control.state import EngineProfile, Mode, Role, Slos
+from throttle.daemon.brains import ControllerFactory, GpuModel
+from throttle.daemon.config import DaemonConfig
+from throttle.daemon.layers import ConfigurationError, build, file_layer
 from throttle.daemon.messages import StateReader
 from throttle.daemon.recording import RecordedState, read_states
 from throttle.errors import InvalidInputError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from throttle.control.selection import Decision
+    from throttle.daemon.brains import Brain
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,7 +45,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=Path,
         default=Path("models"),
         metavar="DIR",
-        help="bundle, or folder of bundles (models)",
+        help="bundle, or folder of bundles (models); a generic one is bound to the recorded engine",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="TOML file of `throttle serve`, of which [control] counts; defaults without it",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every decision")
     parser.set_defaults(run=run)
@@ -54,16 +62,18 @@ def run(arguments: argparse.Namespace) -> int:
     path: Path = arguments.recording
     metadata = read_metadata(path)
     profile = recorded_profile(metadata, str(path))
-    bundle = _bundle(arguments.bundle, profile, metadata)
-    controller = Controller(profile, load_predictor(bundle), ControlSettings())
+    settings = ControlSettings() if arguments.config is None else read_control(arguments.config)
+    gpu = GpuModel(metadata.gpu_name, metadata.gpu_clocks_mhz)
+    made = ControllerFactory(arguments.bundle, settings).build(profile, gpu)
     states = list(read_states(path))
     started = time.perf_counter()
-    decisions = [decision_document(*each) for each in replay(states, profile, controller)]
+    decisions = [decision_document(*each) for each in replay(states, profile, made.brain)]
     seconds = time.perf_counter() - started
     digest = decisions_digest(decisions)
     document = {
         "recording": path.name,
-        "bundle": bundle.name,
+        "bundle": made.bundle,
+        "control": asdict(settings),
         "provenance": metadata.provenance,
         "digest": digest,
         "decisions": decisions,
@@ -96,6 +106,21 @@ def read_metadata(path: Path) -> RecordsMetadata:
     return RecordsMetadata.from_json(found.decode(), str(path))
 
 
+def read_control(path: Path) -> ControlSettings:
+    """The [control] section of a configuration file; the rest need only be settings that exist.
+
+    Raises:
+        ConfigurationError: Lists everything that is wrong.
+    """
+    config, found = build(DaemonConfig, [file_layer(path)])
+    problems = [text for _, text in found]
+    if config is not None and not problems:
+        problems += [f"control.{problem}" for problem in config.control.problems()]
+    if problems or config is None:
+        raise ConfigurationError(problems)
+    return config.control
+
+
 def recorded_profile(metadata: RecordsMetadata, source: str) -> EngineProfile:
     """The engine that was recorded.
 
@@ -116,7 +141,7 @@ def recorded_profile(metadata: RecordsMetadata, source: str) -> EngineProfile:
 
 
 def replay(
-    states: Iterable[RecordedState], profile: EngineProfile, controller: Controller
+    states: Iterable[RecordedState], profile: EngineProfile, controller: Brain
 ) -> Iterator[tuple[int, Decision]]:
     """Decide after every recorded state; yields its sequence number and the decision.
 
@@ -158,18 +183,6 @@ def decisions_digest(decisions: Iterable[dict[str, Any]]) -> str:
     for decision in decisions:
         digest.update(json.dumps(decision, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _bundle(path: Path, profile: EngineProfile, metadata: RecordsMetadata) -> Path:
-    if (path / MANIFEST_FILE).is_file():
-        return path
-    return find_bundle(
-        path,
-        metadata.gpu_name,
-        profile.model_name,
-        profile.tensor_parallel_count,
-        profile.expert_parallel_count,
-    )
 
 
 def _print(

@@ -35,6 +35,9 @@ _LEAST_BATCH = 1e-3
 _BISECTIONS = 18
 #: A clock at which prompts alone keep the engine this busy has no equilibrium worth the name.
 _PREFILL_BUSY_LIMIT = 0.95
+#: The engine must have room for the mean batch and so many standard deviations: a batch that finds
+#: no room queues, and a queue at a clock that just carries the load does not go away.
+_CROWD_DEVIATIONS = 2.0
 #: The slope of average power over load is taken between the present load and this share of it.
 _LESSER_LOAD_RATIO = 0.8
 #: Bursts are planned for over about the time that a mean gap is judged over: 48 tokens.
@@ -189,10 +192,12 @@ def settle(
         + (1.0 - busy) * idle_power_watts
     )
     first_token = at(mixed_seconds) / (1.0 - np.minimum(prefill_share, _PREFILL_BUSY_LIMIT))
+    crowd = batch + _CROWD_DEVIATIONS * np.sqrt(batch * load.dispersion_ratio)
     carried = (
         (prefill_share < _PREFILL_BUSY_LIMIT)
-        & (batch < 0.999 * min(limits.batch_requests, grid[-1]))
-        & (batch * load.context_tokens < limits.kv_tokens)
+        & (batch < 0.999 * grid[-1])
+        & (crowd < limits.batch_requests)
+        & (crowd * load.context_tokens < limits.kv_tokens)
         & (rate * limits.tpot_seconds >= 1.0)
         & (first_token <= limits.ttft_seconds)
     )

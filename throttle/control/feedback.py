@@ -63,6 +63,10 @@ class PredictionFeedback:
         """Observed over predicted power at the clocks of late, smoothed."""
         return math.exp(self._log_power_bias)
 
+    def factors(self, *, mixed: bool) -> tuple[float, float]:
+        """What durations of a phase, and then their bounds, are multiplied with."""
+        return math.exp(self._log_bias[mixed]), math.exp(self._widening[mixed])
+
     def correct(
         self, prediction: Prediction, mixed: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

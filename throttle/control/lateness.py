@@ -14,6 +14,7 @@ cannot be saved do not hold the clock up for others.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,17 +33,17 @@ if TYPE_CHECKING:
 #: Clocks at which lateness is computed; between them its logarithm is interpolated.
 _JUDGED_CLOCKS_COUNT = 12
 #: Lengths of the answers to come that are told apart, gaps between tokens.
-_NEWCOMER_GAPS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128.0])
+NEWCOMER_GAPS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128.0])
 #: The calibrated upper bound of an iteration lies this many standard deviations above its mean: the
 #: normal distribution's 99 % quantile.
-_BOUND_DEVIATIONS = 2.33
+BOUND_DEVIATIONS = 2.33
 #: Answers to come will be judged again once they are here, and the clock raised for them: only this
 #: share of what a standing clock would make late has to be planned for now.
-_RECOURSE_RATIO = 0.1
+RECOURSE_RATIO = 0.05
 #: Below this no budget tells shares apart.
-_LEAST_SHARE = 1e-9
+LEAST_SHARE = 1e-9
 #: Prompts alone never fill more of the time than this.
-_PROMPT_BUSY_LIMIT = 0.9
+PROMPT_BUSY_LIMIT = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,13 @@ class Lateness:
     request_slack_seconds: NDArray[np.float64]
 
 
+@functools.cache
+def judged_clocks(clocks: tuple[int, int]) -> NDArray[np.int64]:
+    """Indices at which lateness is computed, from the first that may be chosen to the last."""
+    count = min(_JUDGED_CLOCKS_COUNT, clocks[1] - clocks[0] + 1)
+    return np.linspace(*clocks, count).round().astype(np.int64)
+
+
 def expect_lateness(
     horizon: Horizon,
     latency_seconds: NDArray[np.float64],
@@ -125,8 +133,7 @@ def expect_lateness(
     Returns:
         None where no answer has a limit on its mean gap.
     """
-    count = min(_JUDGED_CLOCKS_COUNT, clocks[1] - clocks[0] + 1)
-    judged = np.linspace(*clocks, count).round().astype(int)
+    judged = judged_clocks(clocks)
     view = _View.of(horizon, latency_seconds, latency_upper_seconds, delay, judged)
     decodes = view.of_decodes(horizon, now_seconds, ending.decodes)
     prompts = view.of_prompts(horizon, ending.prompts)
@@ -134,7 +141,7 @@ def expect_lateness(
     late = decodes.late.sum(axis=0) + prompts.late.sum(axis=0)
     if newcomers is not None:
         added, came = view.of_newcomers(newcomers, horizon.prefill_segments_count)
-        late, total = late + _RECOURSE_RATIO * came * added, weight + came
+        late, total = late + RECOURSE_RATIO * came * added, weight + came
     else:
         total = np.full(len(judged), weight)
     if not total.any():
@@ -144,7 +151,7 @@ def expect_lateness(
     everywhere = np.arange(latency_seconds.shape[1])
     number, slack = _foremost(decodes, prompts, everywhere, judged)
     return Lateness(
-        np.exp(np.interp(everywhere, judged, np.log(excess + _LEAST_SHARE))) - _LEAST_SHARE,
+        np.exp(np.interp(everywhere, judged, np.log(excess + LEAST_SHARE))) - LEAST_SHARE,
         number,
         slack,
     )
@@ -218,7 +225,7 @@ class _View:
         judged: NDArray[np.int64],
     ) -> _View:
         each = latency[:, judged]
-        deviation = (upper[:, judged] - each) / _BOUND_DEVIATIONS
+        deviation = (upper[:, judged] - each) / BOUND_DEVIATIONS
         iterations = horizon.iterations[:, None]
         return cls(
             np.cumsum(horizon.iterations),
@@ -272,14 +279,14 @@ class _View:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Their lateness and how many come, (J,) each; they meet the first decode segment."""
         segment = min(segment, len(self.ends) - 1)
-        gaps = _NEWCOMER_GAPS[:, None]
-        granted = newcomers.tpot_seconds * _NEWCOMER_GAPS
+        gaps = NEWCOMER_GAPS[:, None]
+        granted = newcomers.tpot_seconds * NEWCOMER_GAPS
         spare = granted[:, None] - gaps * self.iteration_seconds[segment]
         token_seconds = self.token_seconds[segment]
         deviation = gaps * self.iteration_deviation[segment]
         late = self._late(granted, spare, token_seconds, deviation)
-        alive = newcomers.lengths.survival_ratio(np.append(1.0, 1.0 + _NEWCOMER_GAPS))
-        busy = np.minimum(newcomers.prompt_tokens_per_second * token_seconds, _PROMPT_BUSY_LIMIT)
+        alive = newcomers.lengths.survival_ratio(np.append(1.0, 1.0 + NEWCOMER_GAPS))
+        busy = np.minimum(newcomers.prompt_tokens_per_second * token_seconds, PROMPT_BUSY_LIMIT)
         came = newcomers.requests_per_second * self.seconds[-1] / (1.0 - busy)
         return -np.diff(alive) @ late, came
 

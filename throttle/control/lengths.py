@@ -53,15 +53,52 @@ class RequestLengths:
     predicted_output_tokens: NDArray[np.float64]
 
 
-class LengthCurve:
-    """Survival curve of some requests."""
+@dataclass(frozen=True, slots=True)
+class LengthTable:
+    """All curves at once, for compiled code.
 
-    _starts: NDArray[np.float64]
-    _survival: NDArray[np.float64]
-    _excess: NDArray[np.float64]
-    _expected_remaining: NDArray[np.float64]
+    Attributes:
+        starts: Lengths between which the curves are linear, rising, (S,).
+        survival: Share of answers longer than each, (L, S): one row per class, everyone last.
+        expected_remaining: E[L - g | L > g] for g from each start on, likewise.
+        excess: Stationary excess of the last row's curve, (S,).
+    """
+
+    starts: NDArray[np.float64]
+    survival: NDArray[np.float64]
+    expected_remaining: NDArray[np.float64]
+    excess: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, curves: Sequence[LengthCurve]) -> LengthTable:
+        """The curves in this order."""
+        last = curves[-1]
+        return cls(
+            last.starts,
+            np.array([curve.survival for curve in curves]),
+            np.array([curve.expected_remaining for curve in curves]),
+            last.excess,
+        )
+
+
+class LengthCurve:
+    """Survival curve of some requests.
+
+    Attributes:
+        starts: Lengths between which the curves are linear, rising, (S,).
+        survival: Share of answers longer than each, (S,).
+        excess: Its stationary excess, (S,).
+        expected_remaining: E[L - g | L > g] for g from each start on, (S,).
+        computed_count: How often they were computed anew.
+    """
+
+    starts: NDArray[np.float64]
+    survival: NDArray[np.float64]
+    excess: NDArray[np.float64]
+    expected_remaining: NDArray[np.float64]
 
     def __init__(self) -> None:
+        self.computed_count = 0
         logs = np.log(_EDGES / _PRIOR_MEDIAN_TOKENS) / _PRIOR_SPREAD
         density = np.exp(-0.5 * logs**2) * np.gradient(np.log(_EDGES))
         self._ended = _PRIOR_WEIGHT * density / density.sum()
@@ -86,12 +123,12 @@ class LengthCurve:
     ) -> NDArray[np.float64]:
         """E[L - g | L > g] for each g in `generated_tokens`, at least 1."""
         positions = np.searchsorted(_EDGES, generated_tokens, side="right")
-        remaining: NDArray[np.float64] = self._expected_remaining[positions]
+        remaining: NDArray[np.float64] = self.expected_remaining[positions]
         return remaining
 
     def survival_ratio(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
         """Share of answers longer than each of `tokens`."""
-        alive: NDArray[np.float64] = np.interp(tokens, self._starts, self._survival)
+        alive: NDArray[np.float64] = np.interp(tokens, self.starts, self.survival)
         return alive
 
     def successor_ratio(self, iterations: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -99,22 +136,38 @@ class LengthCurve:
 
         What is left of the requests of a steady batch follows the curve's stationary excess.
         """
-        joined: NDArray[np.float64] = 1.0 - np.interp(iterations, self._starts, self._excess)
+        joined: NDArray[np.float64] = 1.0 - np.interp(iterations, self.starts, self.excess)
         return joined
 
-    def _compute(self) -> None:
+    def mean_tokens(self, going_on_tokens: NDArray[np.float64]) -> float:
+        """Mean length of an answer.
+
+        Args:
+            going_on_tokens: Output so far of answers that still go on, (n,). They are censored
+                there: without them, long answers would be missed until the first of them end.
+        """
+        places = np.minimum(np.searchsorted(_EDGES, going_on_tokens), len(_EDGES) - 1)
+        censored = self._censored + np.bincount(places, minlength=len(_EDGES))
+        survival = self._survival_ratio(censored)
+        return float(survival[:-1] @ np.diff(self.starts))
+
+    def _survival_ratio(self, censored: NDArray[np.float64]) -> NDArray[np.float64]:
         # Entry i is for g in [start[i], start[i+1]): the answer outlived the bins before i.
-        at_risk = np.cumsum((self._ended + self._censored)[::-1])[::-1]
+        at_risk = np.cumsum((self._ended + censored)[::-1])[::-1]
         hazard = np.divide(self._ended, at_risk, out=np.zeros_like(at_risk), where=at_risk > 0)
-        survival = np.concatenate([[1.0], np.cumprod(1.0 - np.minimum(hazard, 1.0))])
+        return np.concatenate([[1.0], np.cumprod(1.0 - np.minimum(hazard, 1.0))])
+
+    def _compute(self) -> None:
+        self.computed_count += 1
+        survival = self._survival_ratio(self._censored)
         starts = np.concatenate([[0.0], _EDGES])
         # Mean residual life by the area under the curve: sum over later bins of S * width.
         area = np.cumsum((survival[:-1] * np.diff(starts))[::-1])[::-1]
         area = np.concatenate([area, [0.0]])
         remaining = np.divide(area, survival, out=np.ones_like(area), where=survival > 1e-12)
-        self._starts, self._survival = starts, survival
-        self._excess = area / area[0]
-        self._expected_remaining = np.maximum(remaining, 1.0)
+        self.starts, self.survival = starts, survival
+        self.excess = area / area[0]
+        self.expected_remaining = np.maximum(remaining, 1.0)
 
 
 class LengthBeliefs:
@@ -123,6 +176,8 @@ class LengthBeliefs:
     def __init__(self) -> None:
         self._curves: dict[str, LengthCurve] = {}
         self._everyone = LengthCurve()
+        self._table: LengthTable | None = None
+        self._table_computed: list[int] = []
 
     @property
     def everyone(self) -> LengthCurve:
@@ -133,6 +188,14 @@ class LengthBeliefs:
         """Take in one answer of a class."""
         self._curve(length_class).add(generated_tokens, censored=censored)
         self._everyone.add(generated_tokens, censored=censored)
+
+    def table(self, classes: Sequence[str]) -> LengthTable:
+        """The curves of these classes, in order, and everyone's last; made anew if one changed."""
+        curves = [*(self._curve(name) for name in classes), self._everyone]
+        computed = [curve.computed_count for curve in curves]
+        if computed != self._table_computed or self._table is None:
+            self._table, self._table_computed = LengthTable.of(curves), computed
+        return self._table
 
     def planned_tokens(self, requests: RequestLengths) -> NDArray[np.float64]:
         """Remaining output of each request to plan with, tokens, whole, at least 1, (n,).

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from throttle.control.state import EngineProfile, ScheduledRequests
 
 #: Prompt iterations planned one by one; what remains is planned as one segment.
-_EXACT_PREFILL_SEGMENTS = 8
+EXACT_PREFILL_SEGMENTS = 8
 #: Columns of a shape that prompts fill: requests, tokens, tokens in KV, query-key pairs.
 _PROMPT_COLUMNS = (0, 1, 2, 6)
 #: Lengths of the decode segments, iterations. Short ones first: the near future decides most.
-_DECODE_SEGMENT_ITERATIONS = (1, 1, 2, 4, 8, 16, 32, 64)
+DECODE_SEGMENT_ITERATIONS = (1, 1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +235,7 @@ class _PromptPlan:
     def run(self) -> None:
         """Plan until no prompt is left, the rest in one segment if they are many."""
         first_unfinished = 0
-        while len(self.chunks) < _EXACT_PREFILL_SEGMENTS:
+        while len(self.chunks) < EXACT_PREFILL_SEGMENTS:
             first_unfinished = self._plan_one(first_unfinished)
             if first_unfinished < 0:
                 return
@@ -364,7 +364,7 @@ def _lay_over(
 
 def _segment_lengths(prefill: NDArray[np.float64], after: float) -> NDArray[np.float64]:
     """Iterations per segment: the prompt segments, then decode segments for `after` iterations."""
-    lengths = np.array(_DECODE_SEGMENT_ITERATIONS, dtype=np.float64)
+    lengths = np.array(DECODE_SEGMENT_ITERATIONS, dtype=np.float64)
     starts = np.cumsum(lengths) - lengths
     used = starts < after
     return np.concatenate([prefill, np.minimum(lengths[used], after - starts[used])])

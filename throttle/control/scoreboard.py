@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from throttle.control.compilation import CompiledSteps
+
 _INITIAL_ROWS = 64
 
 
@@ -84,16 +86,54 @@ class EndedRequest:
     fastest_gap_ratio: float | None = None
 
 
-class Scoreboard:
-    """Applies states in order and answers which requests live."""
+def advance(  # noqa: PLR0917 - as its compiled form takes them
+    rows: NDArray[np.float64],
+    running: NDArray[np.int64],
+    computed: NDArray[np.int64],
+    generated: NDArray[np.int64],
+    now_seconds: float,
+    fastest_seconds: float,
+) -> None:
+    """Move running requests to where they stand now, in place.
 
-    def __init__(self, default_slos: Slos) -> None:
+    Args:
+        rows: All rows.
+        running: Which of them run, (n,).
+        computed: Prompt tokens in KV, (n,).
+        generated: Output tokens, (n,).
+        now_seconds: Engine time; NaN while the iteration is only planned.
+        fastest_seconds: As given to `Scoreboard.apply`.
+    """
+    rows[running, Column.COMPUTED] = computed
+    rows[running, Column.GENERATED] = generated
+    # A resumed request whose answer grows again has its recomputed tokens in KV.
+    prompt, target = rows[running, Column.PROMPT], rows[running, Column.TARGET]
+    rows[running, Column.TARGET] = np.where(prompt + generated > target, prompt, target)
+    if not math.isnan(now_seconds):
+        fresh = np.isnan(rows[running, Column.FIRST_TOKEN]) & (generated >= 1)
+        rows[running[fresh], Column.FIRST_TOKEN] = now_seconds
+        rows[running[fresh], Column.FIRST_FASTEST] = fastest_seconds
+        rows[running[fresh], Column.FIRST_GENERATED] = generated[fresh]
+
+
+class Scoreboard:
+    """Applies states in order and answers which requests live.
+
+    Args:
+        default_slos: Limits of requests that have none of their own.
+        steps: Compiled code to use; None for the definitions.
+    """
+
+    def __init__(self, default_slos: Slos, steps: CompiledSteps | None = None) -> None:
         self._default_slos = default_slos
+        self._advance = advance if steps is None else steps.advance
         self._rows = np.full((_INITIAL_ROWS, len(Column)), np.nan)
         self._free = list(range(_INITIAL_ROWS - 1, -1, -1))
         self._slot_by_number: dict[int, int] = {}
         self._class_index: dict[str, int] = {}
         self._running: list[int] = []
+        self._running_index = np.empty(0, np.int64)  # the same, as it is read and written
+        self._running_numbers: Sequence[int] | None = []  # None once an event has changed it
         self._waiting: dict[int, None] = {}  # request numbers, in order of arrival
         self._progress_seen = False
         self._fastest_seconds = 0.0
@@ -111,7 +151,9 @@ class Scoreboard:
     def live(self) -> LiveRequests:
         """Rows of the running and the waiting requests, copied."""
         waiting = [self._slot_by_number[number] for number in self._waiting]
-        return LiveRequests(self._rows[self._running], self._rows[waiting])
+        if len(self._running_index) != len(self._running):
+            self._running_index = np.array(self._running, dtype=np.int64)
+        return LiveRequests(self._rows[self._running_index], self._rows[waiting])
 
     def apply(self, state: IterationState, fastest_seconds: float = 0.0) -> list[EndedRequest]:
         """Take in one state; returns the requests that ended with it.
@@ -155,8 +197,7 @@ class Scoreboard:
             row[Column.COMPUTED] = 0
             # A preempted request goes back to the head of the queue, as in vLLM.
             self._waiting = {number: None, **self._waiting}
-            if slot in self._running:
-                self._running.remove(slot)
+            self._stop_running(slot)
             return None
         return self._end(event, slot, now)
 
@@ -184,8 +225,7 @@ class Scoreboard:
         generated = max(event.generated_tokens, int(row[Column.GENERATED]))
         cut = event.kind is EventKind.ABORTED or generated >= row[Column.MAX_OUTPUT]
         self._waiting.pop(event.request_number, None)
-        if slot in self._running:
-            self._running.remove(slot)
+        self._stop_running(slot)
         del self._slot_by_number[event.request_number]
         self._free.append(slot)
         gap_ratio = fastest_ratio = None
@@ -200,32 +240,43 @@ class Scoreboard:
     def _apply_progress(
         self, progress: RequestProgress, state: IterationState
     ) -> list[EndedRequest]:
-        slots = self._slot_by_number
-        running = []
-        for position, number in enumerate(progress.request_numbers):
-            slot = slots.get(number)
-            if slot is None:
-                slot = self._meet_late(number, progress.computed_prompt_tokens[position])
-            running.append(slot)
-            self._waiting.pop(number, None)
-        vanished = [self._drop(slot) for slot in set(self._running).difference(running)]
-        self._running = running
-        if not running:
+        numbers = progress.request_numbers
+        # As long as nobody comes or goes, who runs is known: most iterations are so.
+        vanished = [] if numbers == self._running_numbers else self._set_running(progress)
+        if not len(numbers):
             return vanished
-        index = np.array(running)
-        rows = self._rows
-        generated = np.asarray(progress.generated_tokens, dtype=np.float64)
-        rows[index, Column.COMPUTED] = progress.computed_prompt_tokens
-        rows[index, Column.GENERATED] = generated
-        # A resumed request whose answer grows again has its recomputed tokens in KV.
-        prompt, target = rows[index, Column.PROMPT], rows[index, Column.TARGET]
-        rows[index, Column.TARGET] = np.where(prompt + generated > target, prompt, target)
-        if state.phase is not Phase.PLANNED:
-            fresh = np.isnan(rows[index, Column.FIRST_TOKEN]) & (generated >= 1)
-            rows[index[fresh], Column.FIRST_TOKEN] = state.engine_time_seconds
-            rows[index[fresh], Column.FIRST_FASTEST] = self._fastest_seconds
-            rows[index[fresh], Column.FIRST_GENERATED] = generated[fresh]
+        done = state.phase is not Phase.PLANNED
+        self._advance(
+            self._rows,
+            self._running_index,
+            np.array(progress.computed_prompt_tokens, dtype=np.int64),
+            np.array(progress.generated_tokens, dtype=np.int64),
+            float(state.engine_time_seconds) if done else math.nan,
+            float(self._fastest_seconds),
+        )
         return vanished
+
+    def _set_running(self, progress: RequestProgress) -> list[EndedRequest]:
+        """Take in who runs; returns those that stopped without a word."""
+        numbers = progress.request_numbers
+        running = list(map(self._slot_by_number.get, numbers))
+        for position, slot in enumerate(running):
+            if slot is None:
+                computed = progress.computed_prompt_tokens[position]
+                running[position] = self._meet_late(numbers[position], computed)
+        if self._waiting:
+            for number in self._waiting.keys() & set(numbers):
+                del self._waiting[number]
+        known = [slot for slot in running if slot is not None]
+        vanished = [self._drop(slot) for slot in set(self._running).difference(known)]
+        self._running, self._running_numbers = known, numbers
+        self._running_index = np.array(known, dtype=np.int64)
+        return vanished
+
+    def _stop_running(self, slot: int) -> None:
+        if slot in self._running:
+            self._running.remove(slot)
+        self._running_numbers = None
 
     def _drop(self, slot: int) -> EndedRequest:
         """A request that stopped running without a word: its end is unknown."""

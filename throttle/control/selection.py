@@ -76,13 +76,17 @@ class Hysteresis:
     """What keeps clocks from chattering.
 
     Attributes:
-        dwell_seconds: Least time between the last change and a lower clock.
+        dwell_seconds: Age of the last change from which a lower clock needs no more than the least
+            gain. Sooner it needs more, by the square of what is lacking: a change is worth its cost
+            when it saves much, or for long.
+        least_dwell_seconds: Least time between the last change and a lower clock.
         least_gain_ratio: Share of long-run power that a change must save.
         raise_step_ratio: Least relative step upwards when slack forces it, so that a shrinking
             slack is answered once and not one clock at a time.
     """
 
     dwell_seconds: float
+    least_dwell_seconds: float
     least_gain_ratio: float
     raise_step_ratio: float
 
@@ -152,10 +156,15 @@ class Selector:
 
     def _reluctant(self, cost: NDArray[np.float64], best: int, now_seconds: float) -> bool:
         """Whether the gain is too small, or a lower clock comes too soon."""
-        least_gain = self._hysteresis.least_gain_ratio * cost[self._current]
-        too_soon = now_seconds - self._changed_seconds < self._hysteresis.dwell_seconds
-        lower = best < self._current
-        return bool(cost[self._current] - cost[best] < least_gain or (lower and too_soon))
+        gain = 1.0 - cost[best] / cost[self._current]
+        least_gain = self._hysteresis.least_gain_ratio
+        if best < self._current:
+            elapsed = now_seconds - self._changed_seconds
+            if elapsed < self._hysteresis.least_dwell_seconds:
+                return True
+            if elapsed < self._hysteresis.dwell_seconds:
+                least_gain *= (self._hysteresis.dwell_seconds / elapsed) ** 2
+        return bool(gain < least_gain)
 
     def _fastest(self, feasible: NDArray[np.bool_]) -> int:
         return int(np.flatnonzero(feasible)[-1])

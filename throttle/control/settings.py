@@ -44,7 +44,9 @@ class ControlSettings:
         violation_ratio: Share of iterations that may exceed the latency bound.
         floor_clock_ratio: Lowest clock while work runs, as a share of the highest.
         ceiling_clock_ratio: Highest clock ever chosen, as a share of the highest.
-        dwell_seconds: Least engine time between a change and a lower clock.
+        dwell_seconds: Engine time since the last change from which a lower clock needs no more than
+            the least gain; sooner it needs more, by the square of what is lacking.
+        least_dwell_seconds: Least engine time between a change and a lower clock.
         least_gain_ratio: Share of long-run power that a change must save.
         raise_step_ratio: Least relative step upwards when slack forces it.
         load_time_constant_seconds: Memory of the load estimate.
@@ -69,7 +71,8 @@ class ControlSettings:
     violation_ratio: float = 0.01
     floor_clock_ratio: float = 0.2
     ceiling_clock_ratio: float = 1.0
-    dwell_seconds: float = 0.5
+    dwell_seconds: float = 0.75
+    least_dwell_seconds: float = 0.25
     least_gain_ratio: float = 0.01
     raise_step_ratio: float = 0.05
     load_time_constant_seconds: float = 60.0
@@ -97,7 +100,12 @@ class ControlSettings:
 
     def hysteresis(self) -> Hysteresis:
         """How reluctantly clocks change."""
-        return Hysteresis(self.dwell_seconds, self.least_gain_ratio, self.raise_step_ratio)
+        return Hysteresis(
+            self.dwell_seconds,
+            self.least_dwell_seconds,
+            self.least_gain_ratio,
+            self.raise_step_ratio,
+        )
 
     def problems(self) -> list[str]:
         """Values that cannot be used; one line each."""
@@ -145,6 +153,7 @@ _NOT_NEGATIVE = (
     "reserve_seconds",
     "burst_deviations",
     "dwell_seconds",
+    "least_dwell_seconds",
     "least_gain_ratio",
     "raise_step_ratio",
     "load_settling_seconds",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from throttle.control.state import Slos
 
 #: Only the gaps of the next segments are judged token by token.
-_TBT_DECODE_SEGMENTS = 2
+TBT_DECODE_SEGMENTS = 2
 
 
 class Slo(enum.IntEnum):
@@ -224,7 +224,7 @@ def _single_gap_slack(
     limit = horizon.decodes[:, Column.TBT].min(initial=np.inf)
     if not np.isfinite(limit):
         return np.empty((0, latency.shape[1]))
-    judged = horizon.prefill_segments_count + _TBT_DECODE_SEGMENTS
+    judged = horizon.prefill_segments_count + TBT_DECODE_SEGMENTS
     savable = latency[:judged, -1] <= limit
     slack: NDArray[np.float64] = limit * guards.tbt_ratio - latency_upper[:judged][savable]
     return slack

@@ -6,12 +6,14 @@ import dataclasses
 import threading
 from typing import TYPE_CHECKING, Protocol
 
+from predictors.analytic import gpu_by_name
 from predictors.architecture import ModelArchitecture, from_catalogue, from_config_json
 from predictors.bundle import MANIFEST_FILE, find_bundle, load_bundle
 from predictors.errors import ArchitectureError, BundleError
 from predictors.features import Parallelism
 from predictors.predictor import Engine, load_predictor
 from throttle.control.controller import Controller
+from throttle.control.warm_up import warm_up
 from throttle.errors import InvalidInputError, NotFoundError
 
 if TYPE_CHECKING:
@@ -108,7 +110,12 @@ class BrainFactory(Protocol):
 
 
 class ControllerFactory:
-    """Brains that control by a trained bundle."""
+    """Brains that control by a trained bundle.
+
+    Args:
+        bundles_directory: Holds bundles, each in its own directory, or is the one bundle to use.
+        settings: How clocks are chosen.
+    """
 
     def __init__(self, bundles_directory: Path, settings: ControlSettings) -> None:
         self._directory = bundles_directory
@@ -129,19 +136,15 @@ class ControllerFactory:
         if gpu is not None:
             spread = Parallelism(profile.tensor_parallel_count, profile.expert_parallel_count)
             engine = Engine(gpu.name, architecture, spread, gpu.clocks_mhz)
-            path = find_bundle(
-                self._directory,
-                gpu.name,
-                architecture.name,
-                profile.tensor_parallel_count,
-                profile.expert_parallel_count,
-            )
+            path = self._bundle_for(engine)
         else:
             path = self._only_bundle(architecture.name, profile)
         predictor = self._load(path, engine)
         trained = predictor.manifest.architecture
         if trained is not None:  # a table of another tool's points says nothing of the model
             _check_architecture(path, trained, architecture)
+            if engine is not None:
+                _check_gpu(path, predictor.manifest.gpu, engine.gpu)
         return EngineBrain(
             Controller(profile, predictor, self._settings),
             path.name,
@@ -149,16 +152,20 @@ class ControllerFactory:
         )
 
     def warm_up(self) -> Iterator[tuple[str, str]]:
-        """Load every bundle, which compiles what they share."""
+        """Load every bundle, and decide once, which compiles what they share."""
+        decided = False
         for manifest in sorted(self._directory.glob(f"*/{MANIFEST_FILE}")):
             try:
                 generic = load_bundle(manifest.parent).manifest.kind == "generic"
                 # a generic bundle predicts only once an engine says what it serves
-                reason = "" if generic else self._load(manifest.parent, None).fallback_reason
+                predictor = None if generic else self._load(manifest.parent, None)
+                if predictor is not None and not decided:
+                    warm_up(predictor)
+                    decided = True
             except BundleError as error:
                 yield manifest.parent.name, str(error)
             else:
-                yield manifest.parent.name, reason
+                yield manifest.parent.name, predictor.fallback_reason if predictor else ""
 
     def _load(self, path: Path, engine: Engine | None) -> BundlePredictor:
         # a bundle that was trained anew is read anew; predictors keep no state between calls
@@ -177,6 +184,17 @@ class ControllerFactory:
                     known = (written, known[1])  # damaged since: what is in memory serves on
                 self._predictors[path, engine] = known
             return known[1]
+
+    def _bundle_for(self, engine: Engine) -> Path:
+        if (self._directory / MANIFEST_FILE).is_file():
+            return self._directory
+        return find_bundle(
+            self._directory,
+            engine.gpu,
+            engine.architecture.name,
+            engine.parallelism.tensor_parallel_count,
+            engine.parallelism.expert_parallel_count,
+        )
 
     def _only_bundle(self, model_name: str, profile: EngineProfile) -> Path:
         spread = f"tp{profile.tensor_parallel_count}ep{profile.expert_parallel_count}"
@@ -206,6 +224,15 @@ def _architecture(profile: EngineProfile) -> ModelArchitecture:
         return from_catalogue(profile.model_name, *formats)
     except ArchitectureError as error:
         raise NotFoundError(f"registration.model.name: {error}") from None
+
+
+def _check_gpu(path: Path, trained: str, served: str) -> None:
+    name = gpu_by_name(served).name
+    if trained != name:
+        raise BundleError(
+            f"bundle {path.name} was made for GPU {trained!r}; the engine's is {name!r}. "
+            "Train one with throttle-predictors train"
+        )
 
 
 def _check_architecture(path: Path, trained: ModelArchitecture, served: ModelArchitecture) -> None:

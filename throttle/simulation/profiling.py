@@ -2,8 +2,8 @@
 
 A profiling run holds one load point after another: closed loops at batches from 1 to 256 with
 contexts from short to long and answers from two tokens to hundreds, bare prompts of every chunk
-size, and idle pauses. Whoever drives it changes clocks meanwhile; this module only says which
-requests arrive.
+size, full KV caches as far as the budget goes, and idle pauses. Whoever drives it changes clocks
+meanwhile; this module only says which requests arrive.
 """
 
 from __future__ import annotations
@@ -26,12 +26,19 @@ _GOLDEN_STEP = (math.sqrt(5.0) - 1.0) / 2.0
 #: minutes before the first token is generated.
 _FILLING_TOKENS_LIMIT = 262_144
 
-#: Batches at which the KV cache is filled as far as it goes, and how far that is: minutes of
-#: prompts pay for seconds of deep decoding, so there are few such points.
+#: Batches at which the KV cache is filled as far as it goes, how far that is, and how long answers
+#: then are: they must outlast the filling, or the first requests leave before the last arrive.
 _DEEP_BATCHES = (48, 192, 384)
 _DEEP_RATIO = 0.9
 _DEEP_TOKENS_LIMIT = 524_288
 _DEEP_OUTPUTS = (256, 512)
+
+#: Prompts that fill the KV cache may take this share of a profile. At least so many fillings must
+#: fit, or a part of the rows (training, calibration, test) would hold none; more than five would
+#: only eat the time of other points.
+_FILLING_SHARE_RATIO = 0.15
+_LEAST_FILLINGS_COUNT = 3
+_MOST_FILLINGS_COUNT = 5
 
 #: Idle power needs few pauses.
 _PAUSE_EVERY = 4
@@ -102,7 +109,7 @@ def profiling_points(
     batch = 1
     while batch <= largest_batch:
         context = 128
-        room = min(kv_tokens // 2, _FILLING_TOKENS_LIMIT)
+        room = _filling_limit(kv_tokens)
         while context <= longest_context and batch * context <= room:
             points.extend(
                 LoadPoint(
@@ -112,7 +119,6 @@ def profiling_points(
             )
             context *= 4
         batch *= 2
-    points.extend(_deep_points(kv_tokens, seconds_per_point, longest_context))
     chunk = 64
     while chunk <= batched_tokens_limit:  # prompts alone: one token each, then gone
         lengths = Lengths((chunk // 2, chunk), (1, 1))
@@ -124,17 +130,60 @@ def profiling_points(
     return tuple(points[index] for index in _inverse(order))
 
 
-def _deep_points(kv_tokens: int, seconds_per_point: float, longest_context: int) -> list[LoadPoint]:
-    """Points that fill the KV cache: without them long answers leave what was profiled."""
-    points = []
-    filled = _DEEP_RATIO * min(kv_tokens, _DEEP_TOKENS_LIMIT)
-    for batch in _DEEP_BATCHES:
+@dataclass(frozen=True, slots=True)
+class DeepFilling:
+    """Which rounds of a profile begin with a full KV cache, and how full.
+
+    Without such points long answers leave what was profiled. Minutes of prompts pay for seconds of
+    deep decoding, so the prompts get a fixed share of the budget: an engine that computes prompts
+    fast is filled in more rounds, a slow one in fewer, and the slowest less far.
+
+    Attributes:
+        kv_tokens: Tokens that the KV cache holds.
+        budget_seconds: Engine time of the whole profile.
+        rounds_count: Rounds that may be filled.
+        point_seconds: Time during which requests are sent.
+        longest_context: Longest prompt.
+    """
+
+    kv_tokens: int
+    budget_seconds: float
+    rounds_count: int
+    point_seconds: float = 2.0
+    longest_context: int = 32768
+
+    def point(self, index: int, prompt_tokens_per_second: float) -> LoadPoint | None:
+        """What the round `index` (from 0) begins with; None for nothing.
+
+        Args:
+            index: Which of the rounds that may be filled.
+            prompt_tokens_per_second: How fast the engine was seen to compute full chunks.
+        """
+        affordable = _FILLING_SHARE_RATIO * self.budget_seconds * prompt_tokens_per_second
+        deepest = _DEEP_RATIO * min(self.kv_tokens, _DEEP_TOKENS_LIMIT)
+        depth = min(deepest, affordable / _LEAST_FILLINGS_COUNT)
+        if not 0 <= index < self.rounds_count or depth <= _ordinary_depth(self.kv_tokens):
+            return None
+        fillings = min(int(affordable / depth), self.rounds_count, _MOST_FILLINGS_COUNT)
+        before = math.ceil(index * fillings / self.rounds_count)
+        if math.ceil((index + 1) * fillings / self.rounds_count) == before:
+            return None
         # Prompts are drawn from half the context to all of it, three quarters on average.
-        context = int(filled / batch / 0.75)
-        if context <= longest_context:
-            lengths = Lengths((max(16, context // 2), context), _DEEP_OUTPUTS)
-            points.append(LoadPoint(batch, lengths, seconds_per_point))
-    return points
+        batches = [batch for batch in _DEEP_BATCHES if depth / batch / 0.75 <= self.longest_context]
+        batch = batches[before % len(batches)]
+        context = int(depth / batch / 0.75)
+        lengths = Lengths((max(16, context // 2), context), _DEEP_OUTPUTS)
+        return LoadPoint(batch, lengths, self.point_seconds)
+
+
+def _filling_limit(kv_tokens: int) -> int:
+    """Most tokens of the longest prompts of an ordinary point."""
+    return min(kv_tokens // 2, _FILLING_TOKENS_LIMIT)
+
+
+def _ordinary_depth(kv_tokens: int) -> float:
+    """Tokens of KV that ordinary points reach; prompts are three quarters as long on average."""
+    return 0.75 * _filling_limit(kv_tokens)
 
 
 def chosen_points(

@@ -1,0 +1,63 @@
+"""Steps of a decision as compiled code, where numba is there: the same numbers, much sooner.
+
+Each has its definition in the module of the step itself, which serves where numba does not.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from predictors.prediction import Prediction
+    from throttle.control.feedback import PredictionFeedback
+    from throttle.control.lateness import Lateness
+    from throttle.control.projection import Horizon
+    from throttle.control.slack import SlackTable
+
+    _Corrected = tuple[
+        NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledSteps:
+    """Functions of `throttle.control.compiled`.
+
+    Attributes:
+        advance: Of the scoreboard's rows.
+        project: Horizon of the live requests, lengths planned.
+        correct: Prediction by feedback, and the horizon's sums.
+        measure_slack: Slack of every limit.
+        expect_lateness: Lateness of every clock.
+    """
+
+    advance: Callable[..., None]
+    project: Callable[..., Horizon]
+    correct: Callable[[Prediction, Horizon, PredictionFeedback], _Corrected]
+    measure_slack: Callable[..., SlackTable]
+    expect_lateness: Callable[..., Lateness | None]
+
+
+@functools.cache
+def compiled_steps() -> CompiledSteps | None:
+    """The compiled steps; None where numba is not installed or finds no place for its code."""
+    try:
+        from throttle.control.compiled import (  # noqa: PLC0415 - needs numba
+            lateness,
+            projection,
+            scoreboard,
+            slack,
+        )
+    except (ImportError, RuntimeError):  # the predictor's `fallback_reason` says which
+        return None
+    advance: Any = scoreboard.advance
+    return CompiledSteps(
+        advance, projection.project, slack.correct, slack.measure_slack, lateness.expect_lateness
+    )

@@ -50,7 +50,7 @@ test-gpu: .stamp-dev  ## what is read of a GPU: a real one where there is one, a
 	$(BIN)/pytest tests/gpu
 
 test-safety: .stamp-dev  ## crash matrix, 10,000 random sequences, five minutes of noise at each door (at most 30 minutes)
-	TEST_SAFETY=1 timeout 1800 $(BIN)/pytest tests/safety
+	TEST_SAFETY=1 timeout --signal INT --kill-after 60 1740 $(BIN)/pytest tests/safety
 
 # Real engines, each in an environment of its own that is made once. Big downloads: the tests skip
 # and say why where one is not possible.

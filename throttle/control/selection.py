@@ -31,6 +31,7 @@ class Reason(enum.IntEnum):
     RELEASED = 11
     LEASE_EXPIRED = 12
     EXPLORATION = 13
+    BREAKER_OPEN = 14
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from throttle.errors import ActuationError
 from throttle.v1 import decision_pb2, throttle_service_pb2
 
 if TYPE_CHECKING:
+    from throttle.actuation.actuator import Actuator
     from throttle.actuation.backend import GpuReading
     from throttle.control.advice import Advice
     from throttle.control.controller import Evaluation
@@ -104,25 +105,22 @@ def energy_message(energy: EngineEnergy | None) -> throttle_service_pb2.EngineEn
 
 
 def gpu_message(
-    gpu_uuid: str,
-    target_mhz: int,
-    engine_id: str,
-    reading: GpuReading | ActuationError,
-    energy: GpuEnergy,
+    gpu_uuid: str, actuator: Actuator, reading: GpuReading | ActuationError, energy: GpuEnergy
 ) -> throttle_service_pb2.GpuStatus:
     """The protocol's form of what is known of a GPU.
 
     Args:
         gpu_uuid: It.
-        target_mhz: What it was told last; below 0 when nothing is known.
-        engine_id: Who holds it; empty when it is free.
+        actuator: Knows what it was told and who holds it.
         reading: Its newest reading, or why there is none.
         energy: What it drew.
     """
     message = throttle_service_pb2.GpuStatus(
         gpu_uuid=gpu_uuid,
-        target_clock_mhz=max(0, target_mhz),
-        engine_id=engine_id,
+        target_clock_mhz=max(0, actuator.target_mhz(gpu_uuid)),
+        clock_state=throttle_service_pb2.ClockState.ValueType(actuator.clock_state(gpu_uuid)),
+        problem=actuator.problems().get(gpu_uuid, ""),
+        engine_id=actuator.owner(gpu_uuid),
         energy_joules=energy.counted_joules,
         unattributed_energy_joules=energy.unattributed_joules,
     )

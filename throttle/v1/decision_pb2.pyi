@@ -85,6 +85,8 @@ class _DecisionReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Decisi
     """The engine was silent longer than its lease: default clocks."""
     DECISION_REASON_EXPLORATION: _DecisionReason.ValueType  # 13
     """An exploration plan asked for this clock."""
+    DECISION_REASON_BREAKER_OPEN: _DecisionReason.ValueType  # 14
+    """Too many requests missed their limits while throttled (the SLO breaker): default clocks for a while."""
 
 class DecisionReason(_DecisionReason, metaclass=_DecisionReasonEnumTypeWrapper):
     """Why a clock was chosen."""
@@ -117,6 +119,8 @@ DECISION_REASON_LEASE_EXPIRED: DecisionReason.ValueType  # 12
 """The engine was silent longer than its lease: default clocks."""
 DECISION_REASON_EXPLORATION: DecisionReason.ValueType  # 13
 """An exploration plan asked for this clock."""
+DECISION_REASON_BREAKER_OPEN: DecisionReason.ValueType  # 14
+"""Too many requests missed their limits while throttled (the SLO breaker): default clocks for a while."""
 Global___DecisionReason: _TypeAlias = DecisionReason  # noqa: Y015
 
 class _AdmissionVerdict:

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -48,6 +49,9 @@ class RunningDaemon:
         return EngineStream(self.stub, first)
 
     def status(self):
+        threading.Event().wait(
+            0.03
+        )  # tests that ask until something holds stay below the gate's rate
         return self.stub.GetStatus(
             throttle_service_pb2.GetStatusRequest(), timeout=DEADLINE_SECONDS
         )

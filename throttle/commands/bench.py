@@ -34,7 +34,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("subject", choices=_SUBJECTS, help="; ".join(map(": ".join, _items())))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument(
-        "--requests", type=int, nargs="+", default=(8, 64, 512), help="default: 8 64 512"
+        "--requests",
+        type=int,
+        nargs="+",
+        help="running at once; default: 8 64 512 for a decision, else 64",
     )
     parser.add_argument(
         "--engines", type=int, nargs="+", default=(1, 8, 64), help="at once; default: 1 8 64"
@@ -55,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InvalidInputError: A count or the pace cannot be used.
     """
+    if not arguments.requests:
+        arguments.requests = (8, 64, 512) if arguments.subject == "decision" else (64,)
     for name in ("requests", "engines"):
         if min(getattr(arguments, name)) < 1:
             raise InvalidInputError(f"--{name}", getattr(arguments, name), "1 or more")
@@ -106,14 +111,27 @@ def _items() -> list[tuple[str, str]]:
 
 
 def _results(arguments: argparse.Namespace) -> Iterator[Result]:
-    from throttle.bench.states import shipped_predictor  # noqa: PLC0415 - after OMP_NUM_THREADS
+    from throttle.bench.states import record, shipped_predictor  # noqa: PLC0415 - after the above
 
+    predictor = shipped_predictor(arguments.bundles)
     if arguments.subject == "decision":
         from throttle.bench.decision import bench_decision  # noqa: PLC0415 - likewise
 
-        predictor = shipped_predictor(arguments.bundles)
         for count in arguments.requests:
             yield from bench_decision(predictor, count, arguments.samples, arguments.pacing_seconds)
+        return
+    count = arguments.requests[0]
+    recorded = record(count, arguments.samples, predictor)
+    if arguments.subject == "transport":
+        from throttle.bench.transport import bench_transport  # noqa: PLC0415 - needs grpc
+
+        yield from bench_transport(recorded, count, arguments.engines, arguments.pacing_seconds)
+    else:
+        from throttle.bench.daemon import bench_daemon  # noqa: PLC0415 - needs grpc
+
+        yield from bench_daemon(
+            recorded, count, arguments.engines, arguments.pacing_seconds, arguments.bundles
+        )
 
 
 def _line(result: Result) -> str:
@@ -126,7 +144,9 @@ def _line(result: Result) -> str:
             ("p99.9", result.p999_seconds),
         )
     )
-    text = f"{result.case}, {result.requests_count} requests, {paced}: {figures} us"
+    engines = result.more.get("engines_count")
+    at_once = f"{engines} engines, " if engines else ""
+    text = f"{result.case}, {at_once}{result.requests_count} requests, {paced}: {figures} us"
     for step, seconds in result.more.get("step_p50_seconds", {}).items():
         text += f"\n    {step} {seconds * 1e6:.1f} us"
     return text

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from throttle.actuation.simulated import SimulatedGpuEntry, SimulatedGpuFile
+from throttle.actuation.simulated import SimulatedGpu, SimulatedGpuFile
 from throttle.bench.states import PLANT
 from throttle.bench.streams import drive
 from throttle.bench.timing import Result
@@ -96,7 +96,7 @@ def _daemon(folder: Path, engines_count: int, bundles: Path) -> Iterator[str]:
     plant = Plant.load(PLANT)
     name = plant.parameters.gpu.name
     entries = [
-        SimulatedGpuEntry(f"GPU-simulated-{index}", name, plant.clocks_mhz)
+        SimulatedGpu(f"GPU-simulated-{index}", name, plant.clocks_mhz)
         for index in range(engines_count)
     ]
     gpus, socket = folder / f"gpus-{engines_count}", folder / f"throttle-{engines_count}.sock"
@@ -104,7 +104,7 @@ def _daemon(folder: Path, engines_count: int, bundles: Path) -> Iterator[str]:
     command += ["--backend", "simulated", "--simulated-gpus", str(gpus)]
     command += ["--bundles", str(bundles), "--log-format", "json", "--log-level", "warning"]
     command += ["--engines-limit", str(engines_count + 8)]
-    command += ["--state-directory", str(folder)]
+    command += ["--actuation-state-directory", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (
         SimulatedGpuFile.create(gpus, entries),

@@ -20,7 +20,10 @@ _SUBJECTS = {
     "decision": "state in, decision out, in process; with and without parsing the message",
     "transport": "a state's way to a server and an answer's way back, nothing decided",
     "daemon": "a daemon of its own over a Unix socket, with one engine and with many",
+    "guard": "a decision against a fixed computation; fails above --limit-ratio",
 }
+#: Twice what was measured when it was set, 1.6; in NumPy alone it would be about 7.
+_LIMIT_RATIO = 3.2
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,6 +52,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--bundles", type=Path, default=Path("models"), help="directory; default: %(default)s"
     )
+    parser.add_argument(
+        "--limit-ratio",
+        type=float,
+        default=_LIMIT_RATIO,
+        help="of the guard: most that a decision may take, in reference computations; "
+        "default: %(default)s",
+    )
     parser.set_defaults(run=run)
 
 
@@ -68,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0.0 < arguments.pacing_seconds < float("inf"):
         raise InvalidInputError("--pacing-seconds", arguments.pacing_seconds, "finite, above 0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as `throttle serve` does
+    if arguments.subject == "guard":
+        return _guard(arguments)
     results = []
     for result in _results(arguments):
         results.append(result)
@@ -80,6 +92,16 @@ def run(arguments: argparse.Namespace) -> int:
         }
         arguments.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     return 0
+
+
+def _guard(arguments: argparse.Namespace) -> int:
+    """Compare; 1 where a decision takes too long."""
+    from throttle.bench.guard import decision_ratio  # noqa: PLC0415 - after OMP_NUM_THREADS
+    from throttle.bench.states import shipped_predictor  # noqa: PLC0415 - likewise
+
+    ratio = decision_ratio(shipped_predictor(arguments.bundles), arguments.samples)
+    print(f"a decision takes {ratio:.2f} reference computations; at most {arguments.limit_ratio:g}")
+    return 0 if ratio <= arguments.limit_ratio else 1
 
 
 def machine() -> dict[str, Any]:

@@ -4,7 +4,7 @@ BIN := .venv/bin
 SHELL := /bin/bash
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo bench performance test test-slow test-safety test-container test-soak test-threats test-gpu test-vllm test-scrape test-dynamo metrics-page audit sbom screenshots lint types check format proto proto-environment lock models results clean
+.PHONY: help demo bench performance test test-slow test-safety test-container test-soak test-threats test-gpu bench-vllm test-vllm test-scrape test-dynamo metrics-page audit sbom screenshots lint types check format proto proto-environment lock models results clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -41,7 +41,7 @@ test-container: .stamp-dev  ## build the image without a Docker engine, run it, 
 	$(BIN)/pytest -m container -rs -s --timeout 3600 tests/container
 
 test-soak: .stamp-dev  ## 32 simulated engines that connect, crash and return, for SOAK_MINUTES (30)
-	$(BIN)/python scripts/soak.py --minutes $${SOAK_MINUTES:-30} --out out/soak
+	$(BIN)/python scripts/soak.py --minutes $${SOAK_MINUTES:-30} --requests-per-second $${SOAK_REQUESTS_PER_SECOND:-8} --out out/soak
 
 test-threats: .stamp-dev  ## remove each defence of docs/security.md in a copy; its test must fail
 	$(BIN)/python scripts/check_threats.py
@@ -50,7 +50,7 @@ test-gpu: .stamp-dev  ## what is read of a GPU: a real one where there is one, a
 	$(BIN)/pytest tests/gpu
 
 test-safety: .stamp-dev  ## crash matrix, 10,000 random sequences, five minutes of noise at each door (at most 30 minutes)
-	TEST_SAFETY=1 timeout 1800 $(BIN)/pytest tests/safety
+	TEST_SAFETY=1 timeout --signal INT --kill-after 60 1740 $(BIN)/pytest tests/safety
 
 # Real engines, each in an environment of its own that is made once. Big downloads: the tests skip
 # and say why where one is not possible.
@@ -60,17 +60,20 @@ test-safety: .stamp-dev  ## crash matrix, 10,000 random sequences, five minutes 
 .stamp-dynamo: scripts/engine_environments.sh
 	scripts/engine_environments.sh dynamo "$(PYTHON)" && touch $@
 
-test-vllm: .stamp-dev  ## a real vLLM on the CPU with both adapters (3 GB of downloads, ten minutes)
+test-vllm: .stamp-dev  ## a real vLLM on the CPU with both adapters (3 GB of downloads, a quarter of an hour)
 	-@$(MAKE) --no-print-directory .stamp-vllm
-	$(BIN)/pytest -m engine tests/engines/real/test_vllm.py tests/engines/real/test_environment.py -ra
+	$(BIN)/pytest -m engine tests/engines/real/test_vllm.py tests/engines/real/test_environment.py -raP
+
+bench-vllm: .stamp-dev .stamp-vllm  ## what the adapters cost a real vLLM on the CPU, in paired runs (half an hour)
+	for adapter in stat_logger scheduler; do $(BIN)/python -m tests.engines.real.compare_throughput --adapter $$adapter || exit 1; done
 
 test-scrape: .stamp-dev  ## the /metrics of a real vLLM into the scrape bridge
 	-@$(MAKE) --no-print-directory .stamp-vllm
-	$(BIN)/pytest -m engine tests/engines/real/test_scrape.py -ra
+	$(BIN)/pytest -m engine tests/engines/real/test_scrape.py -raP
 
 test-dynamo: .stamp-dev  ## the real Dynamo mocker into the ForwardPassMetrics bridge
 	-@$(MAKE) --no-print-directory .stamp-dynamo
-	$(BIN)/pytest -m engine tests/engines/real/test_dynamo.py -ra
+	$(BIN)/pytest -m engine tests/engines/real/test_dynamo.py -raP
 
 lint: .stamp-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

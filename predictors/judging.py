@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from predictors.bundle import Bundle
     from predictors.predictor import BundlePredictor
     from predictors.subject import Subject
     from predictors.training_rows import TrainingFrame
@@ -67,11 +68,24 @@ def leave_one_out(  # noqa: PLR0917 (each is one thing that callers name)
     rows_count: int = 6000,
     routing: Routing | None = None,
 ) -> BundlePredictor:
-    """A generic predictor that has seen nothing like the test rows.
+    """A generic predictor that has seen nothing like the test rows; arguments as below."""
+    bundle = left_out_bundle(training, test.subject, settings, same, rows_count, routing)
+    return fastest_predictor(bound_to(bundle, test.subject))
+
+
+def left_out_bundle(  # noqa: PLR0917 (each is one thing that callers name)
+    training: Sequence[SubjectRows],
+    left_out: Subject,
+    settings: TrainingSettings,
+    same: Callable[[Subject, Subject], bool],
+    rows_count: int = 6000,
+    routing: Routing | None = None,
+) -> Bundle:
+    """A generic bundle that has seen nothing like a subject, not yet bound to an engine.
 
     Args:
         training: Rows of many models and GPUs.
-        test: Rows of the one to leave out.
+        left_out: What to leave out.
         settings: How to train.
         same: Tells of two subjects whether one may not be seen when the other is judged.
         rows_count: Most rows of each subject to learn from.
@@ -80,11 +94,10 @@ def leave_one_out(  # noqa: PLR0917 (each is one thing that callers name)
     rest = [
         item.thinned(rows_count, settings.seed)
         for item in training
-        if not same(item.subject, test.subject)
+        if not same(item.subject, left_out)
     ]
     trainer = LocalTrainer(settings.threads_count)
-    bundle = fit_generic(rest, generic_settings(settings), trainer, routing=routing)
-    return fastest_predictor(bound_to(bundle, test.subject))
+    return fit_generic(rest, generic_settings(settings), trainer, routing=routing)
 
 
 def same_model(one: Subject, other: Subject) -> bool:

@@ -46,7 +46,7 @@ def _fails_without(threat: dict[str, str], folder: Path) -> bool:
         return False
     source.write_text(text.replace(threat["defence"], threat["without"]), "utf-8")
     result = subprocess.run(  # noqa: S603 - our own tests
-        [sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "120", threat["test"]],
+        [sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "300", threat["test"]],
         cwd=folder,
         env={"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
         capture_output=True,

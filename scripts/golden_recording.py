@@ -41,9 +41,9 @@ def record() -> None:
     lock = InProcessLock()
     gpu = SimulatedGpu(plant, lock, DiscardedTelemetry(), random.Random(7))  # noqa: S311
     # Compressed, so that limits bind now and then.
-    trace = load_trace("azure2023_conv_10min").window(60.0, 60.0 + 2.0 * _SECONDS).compressed(2.0)
+    trace = load_trace("azure2023_conv_10min").window(60.0, 60.0 + 2.0 * _SECONDS).compressed(1.2)
     engine = SimulatedEngine(gpu, OpenLoop(trace.requests))
-    slos = Slos(ttft_seconds=1.0, tpot_seconds=0.022)
+    slos = Slos(ttft_seconds=1.0, tpot_seconds=0.024)
     profile = engine.profile("golden", ("GPU-simulated-0",), slos)
     controller = Controller(profile, FormulaPredictor(), ControlSettings())
     metadata = records_metadata(profile, "h200-sxm", plant.clocks_mhz, simulated=True)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from throttle.actuation.simulated import SimulatedGpu, SimulatedGpuFile
+from throttle.daemon.assembly import build_server
 from throttle.daemon.config import DaemonConfig
-from throttle.daemon.server import build_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

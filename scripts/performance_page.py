@@ -144,7 +144,7 @@ def _table(head: tuple[str, ...], rows: Any) -> str:  # noqa: ANN401 - an iterab
 
 
 def _pace(results: list[dict[str, Any]]) -> float:
-    return max(each["pacing_seconds"] for each in results)
+    return max(float(each["pacing_seconds"]) for each in results)
 
 
 def _paced(result: dict[str, Any]) -> str:

@@ -65,6 +65,34 @@ COMBINATIONS: tuple[tuple[str, str, str, int, int], ...] = (
     ("qwen3-30b-a3b", "h200-sxm", "", 1, 1),
     ("qwen3-30b-a3b", "b200", "", 1, 1),
     ("qwen3-30b-a3b", "h200-sxm", "fp8", 1, 1),
+    # dense models, so that one is known when another is not
+    ("qwen3-8b", "a100-sxm", "", 1, 1),
+    ("qwen3-8b", "h100-sxm", "", 1, 1),
+    ("qwen3-8b", "h200-sxm", "", 1, 1),
+    ("qwen3-8b", "b200", "", 1, 1),
+    ("qwen3-32b", "h100-sxm", "", 2, 1),
+    ("qwen3-32b", "h200-sxm", "fp8", 1, 1),
+    ("llama-3.1-70b", "a100-sxm", "", 4, 1),
+    ("llama-3.1-70b", "h100-sxm", "", 4, 1),
+    ("llama-3.1-70b", "b200", "", 1, 1),
+    # few wide experts, split by tensor
+    ("mixtral-8x22b", "a100-sxm", "", 8, 1),
+    ("mixtral-8x22b", "h100-sxm", "", 8, 1),
+    ("mixtral-8x22b", "b200", "", 2, 1),
+    ("phi-3.5-moe", "a100-sxm", "", 2, 1),
+    ("phi-3.5-moe", "h100-sxm", "", 2, 1),
+    ("phi-3.5-moe", "h200-sxm", "", 1, 1),
+    ("llama-4-scout", "a100-sxm", "", 4, 1),
+    # experts spread over B200, and eight-bit blocks
+    ("glm-4.5-air", "b200", "fp8_block", 4, 4),
+    ("llama-4-scout", "b200", "fp8", 4, 4),
+    ("gpt-oss-120b", "b200", "", 4, 4),
+    ("qwen3-30b-a3b", "b200", "fp8_block", 1, 1),
+    ("qwen3-30b-a3b", "b200", "fp8_block", 4, 4),
+    # many small experts on H200
+    ("glm-4.5-air", "h200-sxm", "", 2, 1),
+    ("olmoe-1b-7b", "h200-sxm", "", 1, 1),
+    ("qwen3-30b-a3b", "h200-sxm", "fp8_block", 1, 1),
 )
 _UUID = "GPU-simulated-0"
 

@@ -1,7 +1,8 @@
 """Plays simulated engines that connect, crash and return, and watches what the daemon keeps.
 
 Fails when memory grows, a GPU stays throttled after its engine is gone, an engine does not come
-back, or the daemon ends. Use: soak.py [--minutes 30] [--engines 32] [--out FOLDER]
+back, or the daemon ends. Use: soak.py [--minutes 30] [--engines 32] [--requests-per-second 8]
+[--out FOLDER]
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PLANT = "h200-qwen3-30b-a3b"
+#: Makes batches whose iterations last about 20 ms: about 50 a second of each engine.
+REQUESTS_PER_SECOND = 8.0
 #: Engines of one process: they crash together.
 GROUP_COUNT = 4
 #: Growth is judged after this part of the time, or after five minutes if they come sooner.
@@ -53,6 +56,7 @@ class Report:
     states_per_second: float = 0.0
     overtaken_ratio: float = 0.0
     decision_p99_seconds: float = 0.0
+    machine_load_mean: float = 0.0
     memory_settled_bytes: float = 0.0
     memory_end_bytes: float = 0.0
     problems: list[str] = field(default_factory=list)
@@ -98,13 +102,15 @@ class Daemon:
 class Group:
     """Some engines in one process."""
 
-    def __init__(self, first: int, count: int, gpus: Path, target: str, log: Path) -> None:
+    def __init__(
+        self, first: int, count: int, gpus: Path, target: str, log: Path, *, rate: float
+    ) -> None:
         self.uuids = [f"GPU-simulated-{number}" for number in range(first, first + count)]
         self._log = log
         self._command = [
             sys.executable, "-m", "throttle.cli", "simulate", "--gpus-file", str(gpus),
             "--target", target, "--plant", PLANT, "--engines", str(count),
-            "--first-engine", str(first),
+            "--first-engine", str(first), "--requests-per-second", str(rate),
         ]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -135,7 +141,7 @@ def soak(arguments: argparse.Namespace, report: Report) -> None:
         stack.callback(daemon.process.kill)
         groups = [
             Group(first, min(GROUP_COUNT, arguments.engines - first), gpus, daemon.target,
-                  out / "engines.log")
+                  out / "engines.log", rate=arguments.requests_per_second)
             for first in range(0, arguments.engines, GROUP_COUNT)
         ]  # fmt: skip
         for group in groups:
@@ -165,12 +171,14 @@ def _play(  # noqa: PLR0917 - one scene, named here only
     started, length = time.monotonic(), arguments.minutes * 60.0
     settled_seconds = min(SETTLING_SECONDS, length * SETTLING_RATIO)
     memory: list[tuple[float, float]] = []
+    loads: list[float] = []
     crash_seconds = 0.0
     while (now := time.monotonic() - started) < length:
         if daemon.process.poll() is not None:
             report.problems.append(f"the daemon ended with {daemon.process.returncode}")
             return
         memory.append((now, daemon.memory_bytes()))
+        loads.append(os.getloadavg()[0])
         if now >= crash_seconds:
             _crash(draw.choice(groups), report, daemon, file, arguments.engines)
             crash_seconds = now + draw.uniform(0.5, 1.5) * arguments.crash_seconds
@@ -178,6 +186,7 @@ def _play(  # noqa: PLR0917 - one scene, named here only
               flush=True)  # fmt: skip
         time.sleep(SAMPLE_SECONDS)
     report.seconds = time.monotonic() - started
+    report.machine_load_mean = sum(loads) / len(loads)
     after = [each for seconds, each in memory if seconds >= settled_seconds]
     # the mean of some samples at each end: engines come and go
     part = max(1, len(after) // 5)
@@ -271,6 +280,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--engines", type=int, default=32)
+    parser.add_argument(
+        "--requests-per-second",
+        type=float,
+        default=REQUESTS_PER_SECOND,
+        help="of each engine; fewer let a small machine keep up (%(default)s)",
+    )
     parser.add_argument("--crash-seconds", type=float, default=20.0, help="mean time between them")
     parser.add_argument("--bundles", type=Path, default=Path("models"))
     parser.add_argument("--port", type=int, default=19470, help="for the daemon's metrics")

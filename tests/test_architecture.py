@@ -167,7 +167,7 @@ assert not {"numpy", "pandas", "xgboost", "structlog", "pynvml"} & loaded
 def test_the_daemon_starts_without_pandas_and_the_training_half():
     code = """
 import sys
-import throttle.daemon.server
+import throttle.daemon.assembly
 
 loaded = {name.split(".")[0] for name in sys.modules}
 assert not {"pandas", "pyarrow", "matplotlib", "xgboost", "pynvml"} & loaded, loaded

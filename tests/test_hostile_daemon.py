@@ -24,7 +24,8 @@ from tests.test_client import (
 )
 from throttle.client import ThrottleClient
 from throttle.credentials import read_token, tls_credentials
-from throttle.v1 import throttle_service_pb2_grpc
+from throttle.engines.reporter import Reporter
+from throttle.v1 import engine_pb2, throttle_service_pb2_grpc
 
 #: Far above what a submission takes, also where a busy machine keeps the process off its cores
 #: for a while; far below what waiting for anything would.
@@ -66,6 +67,12 @@ class RawListener:
         self._thread.join(DEADLINE_SECONDS)
         for connection in self._open:
             connection.close()
+
+
+def completed():
+    return engine_pb2.IterationState(
+        phase=engine_pb2.ITERATION_PHASE_COMPLETED, iteration_duration_seconds=0.02
+    )
 
 
 def submit_many(client, first=1, count=500):
@@ -152,20 +159,39 @@ def test_a_daemon_that_accepts_and_never_reads_or_decides_holds_nobody_up(tmp_pa
         server.stop()
 
 
-def test_an_answer_that_comes_much_later_is_taken_for_what_it_answers(tmp_path):
+def test_answers_that_come_ten_seconds_late_hold_no_iteration_up(tmp_path):
+    """Engine time is the test's: an iteration lasts 20 ms of it, a daemon's answer takes 500."""
+    late = 500
     server = Server(tmp_path / "throttle.sock").start()
-    try:
-        with ThrottleClient(registration(), server.target, backoff=QUICK) as client:
+    engine_seconds = 0.0
+    with ThrottleClient(registration(), server.target, backoff=QUICK) as client:
+        reporter = Reporter(client, tells_arrivals=False, clock=lambda: engine_seconds)
+        try:
             stream = server.stream().accept()
             assert client.wait_until_connected(DEADLINE_SECONDS)
-            statistics = submit_many(client)  # ten seconds of iterations
-            assert statistics.decisions_count == 0
-            stream.decide(1)
-            assert client.wait_for_decision(1, DEADLINE_SECONDS).sequence_number == 1
-            assert client.latest_decision.sequence_number == 1
+            longest = 0.0
+            for number in range(1, 2 * late + 1):
+                engine_seconds = 0.02 * number
+                started = time.perf_counter()
+                reporter.send(completed(), idle=False)
+                longest = max(longest, time.perf_counter() - started)
+                received = stream.read()
+                assert received.sequence_number == number  # sent, though none before is answered
+                assert received.engine_time_seconds == engine_seconds
+                if number <= late:
+                    assert client.latest_decision is None
+                    continue
+                stream.decide(number - late)
+                answer = client.wait_for_decision(number - late, DEADLINE_SECONDS)
+                assert answer.sequence_number == number - late  # taken for what it answers
+            assert longest < LONGEST_SUBMIT_SECONDS
+            assert reporter.errors_count == 0
+            statistics = client.statistics
+            assert statistics.sent_count == statistics.submitted_count == 2 * late
+            assert (statistics.overtaken_count, statistics.decisions_count) == (0, late)
             stream.end()
-    finally:
-        server.stop()
+        finally:
+            server.stop()
 
 
 def test_a_closed_stream_loses_no_live_request(tmp_path):

@@ -23,7 +23,7 @@ CARRIED_EVENTS_LIMIT = 16_384
 
 #: Most completed iterations that wait for a slow stream; beyond it the oldest is dropped. They are
 #: what predictors learn from. Of other states only the newest waits.
-COMPLETED_STATES_LIMIT = 64
+COMPLETED_STATES_LIMIT = 256
 
 #: Most unfinished requests remembered for a new stream; beyond it the oldest is forgotten. An
 #: engine that reports the end of its requests stays far below.

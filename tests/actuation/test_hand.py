@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from throttle.actuation.backend import EventReason, GpuReading
-from throttle.actuation.hand import Hand, ReadBack
+from throttle.actuation.backend import ClockReading, EventReason
+from throttle.actuation.hand import ClockState, Hand
 from throttle.actuation.journal import NoRecord
 from throttle.actuation.leases import DEFAULT_CLOCKS, UNKNOWN_CLOCKS
 from throttle.actuation.settings import ActuationSettings
@@ -28,9 +28,9 @@ class Gpu:
     def reset_clock(self, uuid):
         self._write(0)
 
-    def read(self, uuid):
+    def read_clock(self, uuid):
         clock = self.clock if self.clock is not None else self.lock or 1980
-        return GpuReading(clock, 100.0, 0.0, event_reasons=self.reasons)
+        return ClockReading(clock, self.reasons)
 
     def _write(self, clock_mhz):
         self.writes.append(clock_mhz)
@@ -81,18 +81,38 @@ def test_only_the_newest_order_is_carried_out(scene):
     assert scene.gpu.writes == [0, 900]
 
 
-def test_a_clock_that_holds_has_converged(scene):
-    hand = scene.slowed()
+def test_a_clock_is_requested_until_it_is_read_back_and_default_once_it_is_reset(scene):
+    hand = scene.hand()
+    assert hand.clock_state is ClockState.DEFAULT
+    hand.want(900, "engine", "test")
+    hand.work()
+    assert hand.clock_state is ClockState.REQUESTED
     scene.later(hand)
-    assert hand.read_back is ReadBack.CONVERGED
+    assert hand.clock_state is ClockState.CONVERGED
+    hand.want(0, "engine", "test")
+    hand.work()
+    assert hand.clock_state is ClockState.DEFAULT
+
+
+def test_a_clock_that_a_write_has_left_in_doubt_is_unknown(scene):
+    hand = scene.slowed()
+    scene.gpu.error = ActuationError("GPU-a is busy")
+    hand.want(0, "engine", "test")
+    hand.work()
+    assert hand.clock_state is ClockState.UNKNOWN
+
+
+def test_the_clock_of_a_gpu_that_must_not_be_written_is_unsupported(scene):
+    scene.gpu.refused = "GPU-a is in MIG mode"
+    assert scene.hand().clock_state is ClockState.UNSUPPORTED
 
 
 @pytest.mark.parametrize(
     ("clock", "reasons", "state"),
     [
-        (700, EventReason.POWER_CAP, ReadBack.CAPPED),
-        (345, EventReason.IDLE, ReadBack.UNKNOWN),
-        (900, EventReason.NONE, ReadBack.CONVERGED),
+        (700, EventReason.POWER_CAP, ClockState.CAPPED),
+        (345, EventReason.IDLE, ClockState.REQUESTED),
+        (900, EventReason.NONE, ClockState.CONVERGED),
     ],
 )
 def test_a_clock_below_the_target_is_capped_or_idle_and_left_alone(scene, clock, reasons, state):
@@ -108,7 +128,7 @@ def test_a_lock_that_was_lost_is_set_again_and_given_up_after_two_tries(scene):
     scene.gpu.clock = 1980
     for _ in range(2):
         scene.later(hand)
-        assert (hand.read_back, hand.target_mhz) == (ReadBack.DRIFTED, 900)
+        assert (hand.read_back, hand.target_mhz) == (ClockState.DRIFTED, 900)
     scene.later(hand)
     assert scene.gpu.writes == [0, 900, 900, 900, 0]
     assert hand.drifts_count == 3
@@ -127,10 +147,10 @@ def test_a_gpu_that_protects_itself_is_released_at_once(scene):
 
 def test_devices_with_a_time_of_their_own_are_judged_only_once_it_has_passed(scene):
     hand = scene.slowed()
-    scene.gpu.read = lambda uuid: GpuReading(1980, 1.0, 1.0, time_seconds=5.0)
+    scene.gpu.read_clock = lambda uuid: ClockReading(1980, time_seconds=5.0)
     for _ in range(5):
         scene.later(hand)
-    assert hand.read_back is ReadBack.UNKNOWN
+    assert hand.read_back is ClockState.REQUESTED
     assert scene.gpu.writes == [0, 900]
 
 

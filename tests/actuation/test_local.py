@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from throttle.actuation.backend import GpuReading
+from throttle.actuation.backend import ClockReading, GpuReading
 from throttle.actuation.leases import UNKNOWN_CLOCKS
 from throttle.actuation.local import LocalActuator
 from throttle.errors import ActuationError, ConflictError, NotFoundError
@@ -41,6 +41,9 @@ class MemoryBackend:
 
     def reset_clock(self, uuid):
         self._write(uuid, 0)
+
+    def read_clock(self, uuid):
+        return ClockReading(self.locks[uuid] or CLOCKS[-1])
 
     def read(self, uuid):
         return GpuReading(self.locks[uuid] or CLOCKS[-1], 100.0, 1.0)

@@ -36,7 +36,7 @@ def test_a_request_comes_out_as_it_went_in(request_):
 
 
 def test_a_reply_comes_out_as_it_went_in():
-    reply = Reply(Say.GPU, Status.DONE, 2, 1, 0, 0, -1, 900, 0.25, 3, "why")
+    reply = Reply(Say.GPU, Status.DONE, 2, 1, 4, 0, 0, -1, 900, 0.25, 3, "why")
     assert Reply.unpack(reply.pack()) == reply
     with pytest.raises(InvalidInputError, match="allowed"):
         Reply.unpack(reply.pack()[:-1])

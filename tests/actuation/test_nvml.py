@@ -12,7 +12,7 @@ from throttle.actuation.backend import EventReason, PowerScope
 from throttle.actuation.backends import make_backend
 from throttle.actuation.fake_nvml.machine import Permission, WriteKind
 from throttle.actuation.gpu_names import bundle_gpu_name
-from throttle.actuation.nvml import import_binding
+from throttle.actuation.nvml_clocks import import_binding
 from throttle.actuation.simulated import SimulatedBackend, SimulatedGpu, SimulatedGpuFile
 from throttle.errors import (
     ActuationError,

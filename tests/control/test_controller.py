@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.control.scenes import Engine, make_profile
+from throttle.control.advice import Verdict
 from throttle.control.controller import Controller
 from throttle.control.selection import Reason
 from throttle.control.settings import ControlSettings
@@ -75,6 +76,36 @@ def test_a_request_that_cannot_be_saved_is_reported_and_does_not_pin_the_clock(e
     decision = controller.decide(state)
     assert decision.lost_requests_count == 1
     assert decision.target_clock_mhz == decision.cruise_clock_mhz
+
+
+def test_a_lost_request_hurries_the_engine_where_the_operator_asks_for_it(engine):
+    controller = _controller(hurry_lost=True)
+    _run(controller, engine, 800)
+    engine.arrive(50, prompt=1000, age=3.0)
+    state = engine.state(Phase.HEARTBEAT, seconds=0.001)
+    controller.observe(state, 795)
+    decision = controller.decide(state)
+    assert (decision.target_clock_mhz, decision.reason) == (FASTEST, Reason.INFEASIBLE)
+
+
+def test_advice_comes_only_to_those_who_asked(engine):
+    assert _run(_controller(), engine, 20).advice is None
+    asked = _controller(profile=make_profile(wants_advice=True))
+    before = _run(asked, Engine(), 20)
+    assert before.advice.load_headroom_ratio is None
+    steady = Engine()
+    settled = _run(asked, steady, 800)
+    assert settled.advice.load_headroom_ratio > 0.0
+    assert settled.advice.least_gpus_count is None  # no size has a predictor
+    steady.arrive(50, prompt=1000, age=3.0)
+    steady.arrive(51, prompt=1000)
+    state = steady.state(Phase.HEARTBEAT, seconds=0.001)
+    asked.observe(state, 795)
+    admissions = asked.decide(state).advice.admissions
+    assert [(each.request_number, each.verdict) for each in admissions] == [
+        (50, Verdict.LOST),
+        (51, Verdict.ADMIT),
+    ]
 
 
 def test_an_idle_engine_is_parked_after_the_delay_and_wakes_past_every_dwell(engine):

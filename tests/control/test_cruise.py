@@ -83,6 +83,24 @@ def test_clocks_that_cannot_carry_the_load_within_a_limit_are_out():
     assert np.isinf(_settle(load, kv).power_watts[:39]).all()
 
 
+def test_the_engine_keeps_room_for_a_crowd_larger_than_the_mean_batch():
+    load = _load(1000.0)
+    mean = _settle(load).batch_requests[-1]
+    tight = dataclasses.replace(OPEN, batch_requests=float(np.ceil(1.05 * mean)))
+    roomy = dataclasses.replace(OPEN, batch_requests=float(np.ceil(mean + 4.0 * np.sqrt(mean))))
+    assert not np.isfinite(_settle(load, tight).power_watts[-1])
+    assert np.isfinite(_settle(load, roomy).power_watts[-1])
+    bursty = dataclasses.replace(load, dispersion_ratio=9.0)
+    assert not np.isfinite(_settle(bursty, roomy).power_watts[-1])
+
+
+def test_answers_that_arrive_count_before_they_flow_and_only_upwards():
+    load = dataclasses.replace(_load(1000.0), requests_per_second=2.0)
+    assert load.with_answers_of(600.0).decode_tokens_per_second == 1200.0
+    assert load.with_answers_of(100.0) == load
+    assert load.with_answers_of(1e6).decode_tokens_per_second == pytest.approx(1500.0)
+
+
 def test_more_prompts_than_a_clock_can_compute_have_no_equilibrium():
     assert np.isinf(_settle(_load(200.0, requests_per_second=60.0)).power_watts).all()
 

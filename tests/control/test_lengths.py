@@ -34,6 +34,15 @@ def test_answers_cut_short_do_not_shorten_the_belief():
     assert _remaining(cut, 0) == pytest.approx(_remaining(whole, 0), rel=0.2)
 
 
+def test_answers_that_still_go_on_lengthen_the_mean():
+    curve = LengthCurve()
+    for _ in range(20):
+        curve.add(100, censored=False)
+    nobody = curve.mean_tokens(np.empty(0))
+    assert curve.mean_tokens(np.full(20, 1000.0)) > 3.0 * nobody
+    assert curve.mean_tokens(np.full(20, 5.0)) == pytest.approx(nobody, rel=0.1)
+
+
 def test_classes_are_learned_apart():
     beliefs = LengthBeliefs()
     for _ in range(500):

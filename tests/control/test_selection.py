@@ -9,8 +9,12 @@ from throttle.control.selection import Hysteresis, Reason, Selector
 CLOCKS = np.arange(600, 2000, 100)
 COUNT = len(CLOCKS)
 POWER = np.linspace(200.0, 500.0, COUNT)
-EAGER = Hysteresis(dwell_seconds=0.0, least_gain_ratio=0.0, raise_step_ratio=0.0)
-STEADY = Hysteresis(dwell_seconds=1.0, least_gain_ratio=0.01, raise_step_ratio=0.1)
+EAGER = Hysteresis(
+    dwell_seconds=0.0, least_dwell_seconds=0.0, least_gain_ratio=0.0, raise_step_ratio=0.0
+)
+STEADY = Hysteresis(
+    dwell_seconds=1.0, least_dwell_seconds=0.2, least_gain_ratio=0.01, raise_step_ratio=0.1
+)
 
 
 def _above(index):
@@ -50,13 +54,37 @@ def test_the_cheapest_feasible_clock_is_named_slack_when_a_cheaper_one_is_not_fe
     assert Selector(CLOCKS, EAGER).choose(_above(6), POWER, 0.0) == (6, Reason.SLACK)
 
 
-def test_raising_is_immediate_and_lowering_waits_for_the_dwell():
+def test_raising_is_immediate_and_lowering_for_a_small_gain_waits_for_the_dwell():
     selector = Selector(CLOCKS, STEADY)
-    assert selector.choose(_above(0), POWER, 10.0) == (0, Reason.CRUISE)
-    raised, reason = selector.choose(_above(9), POWER, 10.1)
-    assert (raised, reason) == (9, Reason.SLACK)
-    assert selector.choose(_above(0), POWER, 10.9) == (9, Reason.HELD)
-    assert selector.choose(_above(0), POWER, 11.2) == (0, Reason.CRUISE)
+    power = np.linspace(294.0, 300.0, COUNT)  # 2 % from the lowest to the highest
+    assert selector.choose(_above(0), power, 10.0) == (0, Reason.CRUISE)
+    raised, reason = selector.choose(_above(COUNT - 1), power, 10.1)
+    assert (raised, reason) == (COUNT - 1, Reason.SLACK)
+    assert selector.choose(_above(0), power, 10.6) == (COUNT - 1, Reason.HELD)
+    assert selector.choose(_above(0), power, 11.2) == (0, Reason.CRUISE)
+
+
+def test_a_lower_clock_that_saves_much_comes_sooner_but_never_at_once():
+    selector = Selector(CLOCKS, STEADY)
+    selector.choose(_above(0), POWER, 10.0)
+    selector.choose(_above(9), POWER, 10.1)  # a step of 10 % above the first clock, or the ninth
+    current = selector.current
+    assert selector.choose(_above(0), POWER, 10.25) == (current, Reason.HELD)
+    assert selector.choose(_above(0), POWER, 10.35) == (0, Reason.CRUISE)
+
+
+@given(elapsed_seconds=st.floats(0.0, 3.0), gain_ratio=st.floats(0.0, 0.9))
+def test_what_lowers_the_clock_after_a_time_lowers_it_ever_after(elapsed_seconds, gain_ratio):
+    def lowered(after_seconds):
+        selector = Selector(CLOCKS, STEADY)
+        selector.jump(0, 0.0)
+        selector.jump(COUNT - 1, 1.0)
+        power = np.full(COUNT, 100.0)
+        power[0] = 100.0 * (1.0 - gain_ratio)
+        return selector.choose(_above(0), power, 1.0 + after_seconds)[0] == 0
+
+    if lowered(elapsed_seconds):
+        assert lowered(elapsed_seconds + 0.5)
 
 
 def test_a_gain_too_small_to_be_worth_a_change_is_left():

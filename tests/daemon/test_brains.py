@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from predictors.errors import BundleError
-from tests.control.scenes import make_profile
+from tests.control.scenes import Engine, make_profile
 from throttle.control.settings import ControlSettings
 from throttle.daemon.brains import ControllerFactory, GpuModel
 
@@ -35,6 +35,33 @@ def test_a_model_without_a_bundle_of_its_own_gets_the_generic_one_for_its_clocks
 def test_a_question_about_gpus_elsewhere_needs_a_bundle_of_the_model(factory):
     with pytest.raises(BundleError, match="0 bundles"):
         factory.build(make_profile(model_name="olmoe-1b-7b"), None)
+
+
+def _advised_gpus_count(brain):
+    """After six seconds of eight answers that each take a token in 10 ms."""
+    engine = Engine()
+    for number in range(1, 9):
+        engine.arrive(number)
+        engine.running[number] = (100, 1)
+    for _ in range(600):
+        state = engine.state()
+        brain.observe(state, 0)
+        decision = brain.decide(state)
+        engine.running = {n: (c, g + 1) for n, (c, g) in engine.running.items()}
+    return decision.advice.least_gpus_count
+
+
+def test_the_size_advised_is_the_least_on_which_the_model_fits(factory):
+    small = make_profile(model_name="qwen3-30b-a3b", wants_advice=True, kv_blocks_count=40_000)
+    assert _advised_gpus_count(factory.build(small, H200).brain) == 1
+    # 93 GB of weights and 21 GB of KV on two GPUs: one of them would not hold the weights
+    large = make_profile(
+        model_name="mixtral-8x7b",
+        tensor_parallel_count=2,
+        gpu_uuids=("GPU-0", "GPU-1"),
+        wants_advice=True,
+    )
+    assert _advised_gpus_count(factory.build(large, H200).brain) == 2
 
 
 def test_every_shipped_bundle_loads(factory):

@@ -122,7 +122,7 @@ def test_r12_an_engine_whose_breaker_is_open_is_at_default_clocks(
         session.handle([arrival()])
     finished = events(engine_pb2.REQUEST_EVENT_KIND_FINISHED)
     answer = session.handle([arrival(request_events=finished)])
-    assert answer.reason == decision_pb2.DECISION_REASON_INFEASIBLE
+    assert answer.reason == decision_pb2.DECISION_REASON_BREAKER_OPEN
     assert answer.applied_clock_mhz == gpus.read_lock_mhz("GPU-a") == 0
     assert registry.get_sample_value("throttle_slo_breaker_trips_total") == 1
     session.close()

@@ -152,6 +152,27 @@ def test_a_socket_in_use_is_refused_and_its_daemon_goes_on(start_daemon, gpus):
     assert daemon.status().version
 
 
+def test_a_second_daemon_on_the_same_gpus_is_refused_whatever_its_socket(parked, gpus, tmp_path):
+    daemon, _ = parked
+    (tmp_path / "same-gpus").symlink_to(gpus.path)
+    for path in (gpus.path, tmp_path / "same-gpus"):
+        second = run_throttle("serve", "--socket", tmp_path / "other", "--simulated-gpus", path)
+        assert second.returncode == 1
+        assert (
+            f"throttle: GPU GPU-a is held by `throttle serve`, process {daemon.process.pid} at "
+            f"{daemon.target.removeprefix('unix:')}; stop it, or name other GPUs with --gpus"
+        ) in second.stderr.splitlines()
+    assert gpus.file.read_lock_mhz("GPU-a") > 0  # the first goes on undisturbed
+    assert daemon.status().version
+
+
+def test_the_supervisor_has_one_thread(start_daemon, monkeypatch):
+    """Another one, of a library, would be hit by the signals that the first waits for."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    supervisor = start_daemon("--gpus", "GPU-a").parts()["supervisor"]
+    assert len(list(Path(f"/proc/{supervisor}/task").iterdir())) == 1
+
+
 def test_a_file_that_is_no_socket_is_left_alone(gpus, tmp_path):
     path = tmp_path / "file"
     path.write_text("precious")

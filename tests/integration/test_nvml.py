@@ -8,6 +8,7 @@ import pytest
 
 from tests.integration.engines import DEADLINE_SECONDS, park, registration, state
 from throttle.actuation.fake_nvml.library import environment
+from throttle.v1 import throttle_service_pb2
 
 
 @pytest.fixture
@@ -58,6 +59,28 @@ def test_an_engines_clock_reaches_the_driver_and_returns_to_default(machine, sta
     stream.close()
     assert machine.gpu("GPU-0").lock_mhz is None
     assert daemon.terminate() == 0
+
+
+def test_the_status_tells_what_became_of_the_clock_asked_for(machine, start):
+    machine.gpu("GPU-1").set_mig(enabled=True)
+    daemon = start(
+        "--actuation-settle-seconds", "0.05", "--actuation-lowering-interval-seconds", "0"
+    )
+
+    def clock_state():
+        first, second = daemon.status().gpus
+        assert second.clock_state == throttle_service_pb2.CLOCK_STATE_UNSUPPORTED
+        return throttle_service_pb2.ClockState.Name(first.clock_state)
+
+    assert clock_state() == "CLOCK_STATE_DEFAULT"
+    stream = daemon.stream(registration(gpu_uuids=["GPU-0"]))
+    stream.accepted()
+    park(stream)
+    assert clock_state() == "CLOCK_STATE_REQUESTED"  # idle, as far as the driver says
+    machine.gpu("GPU-0").set_load(1.0)
+    wait_for(lambda: clock_state() == "CLOCK_STATE_CONVERGED")
+    stream.close()
+    assert clock_state() == "CLOCK_STATE_DEFAULT"
 
 
 def test_the_status_tells_what_the_sampler_read_and_whose_energy_it_was(machine, start):

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from predictors.dataset import read_records
+from tests.integration.processes import daemon_parts
 from throttle.actuation.simulated import SimulatedGpuFile
 from throttle.cli import main
 from throttle.commands.playing import Play, gpu_entries
@@ -91,6 +92,7 @@ def test_it_ends_by_itself_and_on_sigterm(tmp_path):
     assert soon.returncode == 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert any(b"serving" in line for line in process.stdout)  # ends with the process
+        assert set(daemon_parts(process.pid)) == {"supervisor", "controller", "actuator"}
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
     assert process.returncode == 0

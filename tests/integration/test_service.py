@@ -68,6 +68,26 @@ def test_a_steady_load_with_slack_is_served_below_the_highest_clock(daemon, gpus
     stream.close()
 
 
+def test_advice_comes_with_the_decisions_of_an_engine_that_asked_for_it(daemon):
+    stream = daemon.stream(registration(wants_advice=True))
+    stream.accepted()
+    arrival = engine_pb2.RequestEvent(
+        kind=engine_pb2.REQUEST_EVENT_KIND_ARRIVED,
+        request_number=900,
+        age_seconds=9.0,
+        prompt_tokens=500,
+    )
+    for number in range(1, 1200):
+        events = {"request_events": [arrival]} if number == 1000 else {}
+        advice = stream.decide(state(number, **events)).advice
+    assert advice.load_headroom_ratio > 0
+    assert advice.least_gpus_count == 1
+    assert [(each.request_number, each.verdict, each.reason) for each in advice.admissions] == [
+        (900, decision_pb2.ADMISSION_VERDICT_LOST, decision_pb2.ADMISSION_REASON_TOO_LATE)
+    ]
+    stream.close()
+
+
 def test_an_idle_engine_is_parked_and_its_gpus_return_to_default_when_it_leaves(daemon, gpus):
     stream = daemon.stream(registration(gpu_uuids=["GPU-a", "GPU-b"]))
     stream.accepted()

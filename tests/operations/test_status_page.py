@@ -35,6 +35,7 @@ def test_the_data_says_what_engines_and_gpus_do_and_why(served):
     document = json.loads(get(f"{url}/status.json"))
     gpu = next(gpu for gpu in document["gpus"] if gpu["uuid"] == "GPU-a")
     assert (gpu["state"], gpu["target_mhz"], gpu["engine"]) == ("throttled", 345, "engine")
+    assert gpu["clock_state"] in {"requested", "converged"}
     (engine,) = document["engines"]
     assert (engine["id"], engine["mode"], engine["reason"]) == ("engine", "act", "parked")
     assert document["changes"][0]["to_mhz"] == 345

@@ -19,7 +19,7 @@ from tests.integration.processes import daemon_parts, is_running, kill_all
 from throttle.actuation.fake_nvml.library import environment
 from throttle.actuation.fake_nvml.machine import FakeGpu, FakeMachine
 from throttle.actuation.journal import left_slow_uuids
-from throttle.actuation.process import Orders
+from throttle.actuation.orders import Orders
 from throttle.actuation.settings import ActuationSettings
 from throttle.actuation.simulated import SimulatedGpu, SimulatedGpuFile
 
@@ -112,6 +112,27 @@ class World:
         ours.settimeout(DEADLINE_SECONDS)
         self.channels.append(ours)
         return process, ours
+
+    def serve(self, socket_path, bundles, **flags):
+        """The whole daemon on these GPUs."""
+        flags = {
+            "socket": socket_path,
+            "backend": self.backend,
+            "gpus": ",".join(UUIDS),
+            "log-level": "error",
+            "bundles": bundles,
+            "actuation-state-directory": self.directory,
+            "actuation-lowering-interval-seconds": 0,
+        } | {name.replace("_", "-"): value for name, value in flags.items()}
+        if self.simulated_gpus:
+            flags["simulated-gpus"] = self.simulated_gpus
+        command = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "throttle.cli", "serve", *command],
+            env={**os.environ, **self.environment},
+        )
+        self.started.append(process)
+        return process
 
     def all_slow(self):
         return all(self.locks().values())
@@ -217,12 +238,14 @@ def pytest_terminal_summary(terminalreporter):
         for name in ("default_seconds",)
         if name in dict(report.user_properties)
     ]
-    if rows and os.environ.get("TEST_SAFETY"):
+    if not os.environ.get("TEST_SAFETY"):
+        return
+    if rows:
         terminalreporter.write_sep("=", "crash matrix")
         terminalreporter.write_line("| case | default clocks after, seconds |\n|---|---:|")
-        for row in rows:
-            terminalreporter.write_line(row)
-        for report in terminalreporter.stats.get("passed", []):
-            figures = {n: v for n, v in report.user_properties if n != "default_seconds"}
-            if figures:
-                terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {figures}")
+    for row in rows:
+        terminalreporter.write_line(row)
+    for report in terminalreporter.stats.get("passed", []):
+        figures = {n: v for n, v in report.user_properties if n != "default_seconds"}
+        if figures:
+            terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {figures}")

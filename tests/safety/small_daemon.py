@@ -15,7 +15,8 @@ import threading
 import time
 from pathlib import Path
 
-from throttle.actuation.process import Orders, open_backend
+from throttle.actuation.orders import Orders
+from throttle.actuation.process import open_backend
 from throttle.actuation.remote import ActuatorEndedError, RemoteActuator
 from throttle.actuation.supervisor import ACTUATOR_COMMAND, Supervisor
 

@@ -127,6 +127,31 @@ def test_a_controller_that_stands_still_loses_its_lease(world, record_property):
     assert process.wait(DEADLINE_SECONDS) == 0
 
 
+def test_an_actuator_that_stands_still_is_killed_and_the_gpus_return(world, record_property):
+    process, parts = world.started_and_set()
+    stopped = time.monotonic()
+    os.kill(parts["actuator"], signal.SIGSTOP)
+    # silence is allowed for the lease, and for two seconds at least
+    seconds = world.default_within(ALLOWED_SECONDS + 2.5, stopped)
+    record_property("default_seconds", seconds)
+    assert process.wait(DEADLINE_SECONDS) != 0
+    for each in parts.values():
+        wait_until_gone(each)
+    assert world.left_slow() == []
+    assert "actuator_killed" in process.stderr.read()
+
+
+def test_an_actuator_that_stands_still_while_the_daemon_stops_is_killed_too(simulated_world):
+    world = simulated_world
+    process, parts = world.started_and_set()
+    os.kill(parts["actuator"], signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    world.default_within(DEADLINE_SECONDS)
+    assert process.wait(DEADLINE_SECONDS) != 0
+    wait_until_gone(parts["actuator"])
+    assert world.left_slow() == []
+
+
 def test_as_process_1_of_a_container_it_obeys_sigterm_and_returns_the_gpus(simulated_world):
     if os.getuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("a process namespace takes root and unshare")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 
 import grpc
@@ -12,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.integration.engines import EngineStream, idle, registration, state
 from tests.safety.test_fuzz import one_bundle
-from throttle.v1 import throttle_service_pb2_grpc
+from throttle.v1 import throttle_service_pb2, throttle_service_pb2_grpc
 
 DEADLINE_SECONDS = 60.0
 #: An engine is answered in milliseconds; a call that hangs here would hang for ever.
@@ -20,18 +17,8 @@ ANSWER_SECONDS = 5.0
 
 
 def test_r09_a_hung_gpu_delays_no_other_engine_and_readiness_alone_goes_down(nvml_world, tmp_path):
-    command = [
-        sys.executable, "-m", "throttle.cli", "serve", "--socket", tmp_path / "socket",
-        "--backend", "nvml", "--gpus", "GPU-0,GPU-1", "--log-level", "error",
-        "--bundles", one_bundle(tmp_path, "h100-sxm__qwen3-30b-a3b__tp1ep1"),
-        "--actuation-state-directory", nvml_world.directory,
-        "--actuation-call-deadline-seconds", "0.5",
-        "--actuation-lowering-interval-seconds", "0",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        [str(part) for part in command], env={**os.environ, **nvml_world.environment}
-    )
-    nvml_world.started.append(process)
+    bundles = one_bundle(tmp_path, "h100-sxm__qwen3-30b-a3b__tp1ep1")
+    process = nvml_world.serve(tmp_path / "socket", bundles, actuation_call_deadline_seconds=0.5)
     with grpc.insecure_channel(f"unix:{tmp_path / 'socket'}") as channel:
         grpc.channel_ready_future(channel).result(DEADLINE_SECONDS)
         stub = throttle_service_pb2_grpc.ThrottleServiceStub(channel)
@@ -65,6 +52,10 @@ def test_r09_a_hung_gpu_delays_no_other_engine_and_readiness_alone_goes_down(nvm
             other.decide(state(number))
             assert time.monotonic() - started < ANSWER_SECONDS
         assert status("live") == "SERVING"
+        told = stub.GetStatus(throttle_service_pb2.GetStatusRequest(), timeout=ANSWER_SECONDS)
+        problems = {gpu.gpu_uuid: gpu.problem for gpu in told.gpus}
+        assert "a driver call has been hanging" in problems["GPU-0"]
+        assert problems["GPU-1"] == ""
         fault.remove()
         wait_for_status("", "SERVING")
         assert nvml_world.locks()["GPU-0"] == 0

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 from throttle.actuation.arbiter import Arbiter
-from throttle.actuation.backend import EventReason, GpuReading
+from throttle.actuation.backend import ClockReading, EventReason
 from throttle.actuation.journal import GpuRecord, left_slow_uuids
 from throttle.actuation.settings import ActuationSettings
 from throttle.errors import ActuationError, ConflictError
@@ -77,15 +77,11 @@ class Hardware:
         self._write(uuid, 0)
         self.die_at("after_reset")
 
-    def read(self, uuid):
+    def read_clock(self, uuid):
         drifted = self.faults[uuid] == "drift"
-        return GpuReading(
+        return ClockReading(
             SUPPORTED[-1] if drifted else self.locks[uuid] or SUPPORTED[-1],
-            100.0,
-            0.0,
-            event_reasons=EventReason.POWER_BRAKE
-            if self.faults[uuid] == "brake"
-            else EventReason.NONE,
+            EventReason.POWER_BRAKE if self.faults[uuid] == "brake" else EventReason.NONE,
         )
 
     def die_at(self, step):

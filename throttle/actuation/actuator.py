@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from throttle.actuation.backend import GpuReading
+    from throttle.actuation.hand import ClockState
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,10 @@ class Actuator(Protocol):
 
     def target_mhz(self, uuid: str) -> int:
         """What the GPU was told last: MHz, 0 for default clocks, -1 when nothing is known."""
+        ...
+
+    def clock_state(self, uuid: str) -> ClockState:
+        """What became of that."""
         ...
 
     def owner(self, uuid: str) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    from throttle.actuation.backend import GpuBackend
+    from throttle.actuation.backend import ClockDriver
     from throttle.actuation.hand import ClockChange
     from throttle.actuation.journal import Record
     from throttle.actuation.leases import Grant
@@ -67,7 +67,7 @@ class Arbiter:
 
     def __init__(
         self,
-        backend: GpuBackend,
+        backend: ClockDriver,
         records: Mapping[str, Record],
         settings: ActuationSettings,
         clock: Callable[[], float],

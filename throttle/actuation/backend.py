@@ -61,8 +61,23 @@ class GpuReading:
     energy_counted: bool = True
 
 
-class GpuBackend(Protocol):
-    """Sets and reads the clocks of some GPUs.
+@dataclass(frozen=True, slots=True)
+class ClockReading:
+    """How fast one GPU runs.
+
+    Attributes:
+        clock_mhz: SM clock in force.
+        event_reasons: Why it is not higher; none where it is not known.
+        time_seconds: When by the device's own time, where it keeps one.
+    """
+
+    clock_mhz: int
+    event_reasons: EventReason = EventReason.NONE
+    time_seconds: float | None = None
+
+
+class ClockDriver(Protocol):
+    """Sets the clocks of some GPUs: all that the privileged process has of a driver.
 
     Every method raises `NotFoundError` for an unknown UUID and `ActuationError` when the device
     does not obey: `GpuDeniedError` when it never will, `GpuLostError` when it is gone, the plain
@@ -72,10 +87,6 @@ class GpuBackend(Protocol):
 
     def uuids(self) -> tuple[str, ...]:
         """GPUs that this backend sees."""
-        ...
-
-    def name(self, uuid: str) -> str:
-        """The GPU's model, in the words that bundles are named by, such as `h200-sxm`."""
         ...
 
     def supported_clocks_mhz(self, uuid: str) -> tuple[int, ...]:
@@ -94,10 +105,22 @@ class GpuBackend(Protocol):
         """Return to the default clocks."""
         ...
 
-    def read(self, uuid: str) -> GpuReading:
-        """Read clock, power and energy, and what else the device tells."""
+    def read_clock(self, uuid: str) -> ClockReading:
+        """Read how fast it runs."""
         ...
 
     def close(self) -> None:
         """Let go of the driver; clocks stay as they are."""
+        ...
+
+
+class GpuBackend(ClockDriver, Protocol):
+    """A driver that tells what GPUs are and what they measure as well."""
+
+    def name(self, uuid: str) -> str:
+        """The GPU's model, in the words that bundles are named by, such as `h200-sxm`."""
+        ...
+
+    def read(self, uuid: str) -> GpuReading:
+        """Read clock, power and energy, and what else the device tells."""
         ...

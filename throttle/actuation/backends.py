@@ -11,9 +11,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from throttle.actuation.backend import GpuBackend
+    from throttle.actuation.backend import ClockDriver, GpuBackend
 
 BackendKind = Literal["simulated", "nvml", "observe"]
+
+
+def make_clock_driver(kind: BackendKind, simulated_gpus: Path | None = None) -> ClockDriver:
+    """Open no more of a driver than setting clocks takes; touches no clock.
+
+    Args:
+        kind: As for `make_backend`.
+        simulated_gpus: State file, for simulated GPUs.
+
+    Raises:
+        As `make_backend`.
+    """
+    if kind != "nvml":
+        return make_backend(kind, simulated_gpus)
+    from throttle.actuation.nvml_clocks import NvmlClocks  # noqa: PLC0415 - only what is used
+
+    return NvmlClocks()
 
 
 def make_backend(

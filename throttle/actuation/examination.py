@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from throttle.actuation.backend import EventReason, PowerScope
-from throttle.actuation.nvml import NvmlBackend, binding_version
+from throttle.actuation.nvml_clocks import binding_version
 from throttle.errors import ActuationError, DriverError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from throttle.actuation.backend import GpuReading
+    from throttle.actuation.nvml import NvmlBackend
     from throttle.actuation.surroundings import Surroundings
 
 #: What a live context without work draws at the highest clock beyond what it draws at the lowest,

@@ -19,7 +19,7 @@ from throttle.errors import ActuationError, GpuDeniedError, GpuLostError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from throttle.actuation.backend import GpuBackend
+    from throttle.actuation.backend import ClockDriver
     from throttle.actuation.journal import Record
     from throttle.actuation.settings import ActuationSettings
 
@@ -36,13 +36,16 @@ _REASSERTIONS: Final = 2
 _BACKOFF_SECONDS: Final = 60.0
 
 
-class ReadBack(enum.IntEnum):
-    """What reading the clock showed some time after it was set."""
+class ClockState(enum.IntEnum):
+    """A clock against what was asked for (values and meanings as in the protocol)."""
 
     UNKNOWN = 0
-    CONVERGED = 1
-    CAPPED = 2
-    DRIFTED = 3
+    DEFAULT = 1
+    REQUESTED = 2
+    CONVERGED = 3
+    CAPPED = 4
+    DRIFTED = 5
+    UNSUPPORTED = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ class Hand:
     def __init__(
         self,
         uuid: str,
-        backend: GpuBackend,
+        backend: ClockDriver,
         record: Record,
         *,
         settings: ActuationSettings,
@@ -109,7 +112,7 @@ class Hand:
         self.failure = ""  # of the order done last
         self.problem = ""  # why the GPU cannot be relied on
         self.denial = backend.refusal(uuid)  # why it can never be set
-        self.read_back = ReadBack.UNKNOWN
+        self.read_back = ClockState.REQUESTED  # what reading the last target showed
         self.drifts_count = 0
         self.busy_since_seconds: float | None = None
         self._backend = backend
@@ -139,6 +142,15 @@ class Hand:
         if since is None:
             return 0.0
         return max(0.0, now_seconds - since - self._settings.call_deadline_seconds)
+
+    @property
+    def clock_state(self) -> ClockState:
+        """What is known of the clock."""
+        if self.denial:
+            return ClockState.UNSUPPORTED
+        if self.target_mhz == UNKNOWN_CLOCKS:
+            return ClockState.UNKNOWN
+        return ClockState.DEFAULT if self.target_mhz == DEFAULT_CLOCKS else self.read_back
 
     def stays_at_default(self, now_seconds: float) -> bool:
         """Whether another agent or a slowdown of the hardware was found lately."""
@@ -200,7 +212,7 @@ class Hand:
             self._retry_at_seconds = math.inf
             self._look_at_seconds = self._clock() + self._settings.settle_seconds
             self._look_device_seconds = None
-            self.read_back = ReadBack.UNKNOWN
+            self.read_back = ClockState.REQUESTED
         return failure
 
     def _note(self, write: Callable[[], None]) -> str:
@@ -212,7 +224,7 @@ class Hand:
         return ""
 
     def _reset(self, owner: str, why: str) -> str:
-        self._look_at_seconds, self.read_back = math.inf, ReadBack.UNKNOWN
+        self._look_at_seconds, self.read_back = math.inf, ClockState.REQUESTED
         failure = self._call(
             owner, why, DEFAULT_CLOCKS, lambda: self._backend.reset_clock(self.uuid)
         )
@@ -261,9 +273,9 @@ class Hand:
         self._look_at_seconds = now + self._settings.settle_seconds
         self.busy_since_seconds = now
         try:
-            reading = self._backend.read(self.uuid)
+            reading = self._backend.read_clock(self.uuid)
         except ActuationError:
-            self.read_back = ReadBack.UNKNOWN
+            self.read_back = ClockState.REQUESTED
             return
         finally:
             self.busy_since_seconds = None
@@ -276,10 +288,10 @@ class Hand:
         if reading.event_reasons & _SELF_PROTECTION:
             self._back_off(order, "hardware_slowdown")
         elif reading.event_reasons & EventReason.IDLE:
-            self.read_back = ReadBack.UNKNOWN
+            self.read_back = ClockState.REQUESTED
         elif reading.clock_mhz <= self.target_mhz + _TOLERANCE_MHZ:
             near = reading.clock_mhz >= self.target_mhz - _TOLERANCE_MHZ
-            self.read_back = ReadBack.CONVERGED if near else ReadBack.CAPPED
+            self.read_back = ClockState.CONVERGED if near else ClockState.CAPPED
         else:
             self._correct(order)
 
@@ -291,7 +303,7 @@ class Hand:
         elif failure := self._set(Order(order.number, self.target_mhz, order.owner, "drifted")):
             self.failure = failure
             self._reset(order.owner, "set_failed")
-        self.read_back = ReadBack.DRIFTED
+        self.read_back = ClockState.DRIFTED
 
     def _back_off(self, order: Order, why: str) -> None:
         self._backed_off_until_seconds = self._clock() + _BACKOFF_SECONDS

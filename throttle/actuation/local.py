@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from throttle.actuation.backend import GpuBackend, GpuReading
-    from throttle.actuation.hand import ClockChange
+    from throttle.actuation.hand import ClockChange, ClockState
     from throttle.actuation.journal import Record
     from throttle.actuation.leases import Grant
 
@@ -81,6 +81,10 @@ class LocalActuator:
     def target_mhz(self, uuid: str) -> int:
         """What the GPU was told last."""
         return self._arbiter.hand(uuid).target_mhz
+
+    def clock_state(self, uuid: str) -> ClockState:
+        """What became of that."""
+        return self._arbiter.hand(uuid).clock_state
 
     def owner(self, uuid: str) -> str:
         """Who holds the GPU; empty when it is free."""

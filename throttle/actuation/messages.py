@@ -16,12 +16,12 @@ from throttle.errors import InvalidInputError
 GPUS_LIMIT: Final = 64
 CLOCK_LIMIT_MHZ: Final = 100_000
 
-_MAGIC: Final = 0x54484C32
+_MAGIC: Final = 0x54484C33
 _TEXT_BYTES: Final = 256
 #: magic, kind, 3 bytes of padding, number, epoch, GPUs or clock, text; no alignment of the host's
 _REQUEST: Final = struct.Struct("<IB3xQQQi4x128s16s")
-#: magic, kind, status, GPU, flags, number, epoch, clock before, clock, seconds, count, text
-_REPLY: Final = struct.Struct("<IBBBBQQiidQ256s")
+#: magic, kind, status, GPU, flags, state, number, epoch, clock before, clock, seconds, count, text
+_REPLY: Final = struct.Struct("<IBBBBBQQiidQ256s")
 REQUEST_BYTES: Final = _REQUEST.size
 REPLY_BYTES: Final = _REPLY.size
 _OWNER_BYTES: Final = 128
@@ -99,6 +99,7 @@ class Reply:
         status: Of an ANSWER.
         gpu: Its place in the list, for GPU.
         flags: For GPU: 1 when it cannot be relied on; for GOODBYE: 1 when all are at default.
+        clock_state: For GPU: the `ClockState` it is in.
         number: The request answered.
         epoch: The lease, for a claim's ANSWER and ENDED.
         from_mhz: For GPU: told before; -1 unknown.
@@ -112,6 +113,7 @@ class Reply:
     status: Status = Status.DONE
     gpu: int = 0
     flags: int = 0
+    clock_state: int = 0
     number: int = 0
     epoch: int = 0
     from_mhz: int = 0
@@ -123,8 +125,8 @@ class Reply:
     def pack(self) -> bytes:
         """The bytes on the wire; a text too long is cut."""
         return _REPLY.pack(
-            _MAGIC, self.kind, self.status, self.gpu, self.flags, self.number, self.epoch,
-            self.from_mhz, self.clock_mhz, self.seconds, self.count,
+            _MAGIC, self.kind, self.status, self.gpu, self.flags, self.clock_state, self.number,
+            self.epoch, self.from_mhz, self.clock_mhz, self.seconds, self.count,
             self.text.encode()[:_TEXT_BYTES],
         )  # fmt: skip
 
@@ -136,15 +138,15 @@ class Reply:
             InvalidInputError: It is no reply.
         """
         try:
-            magic, kind, status, gpu, flags, *numbers, seconds, count, text = _REPLY.unpack(packet)
-            number, epoch, from_mhz, clock_mhz = numbers
+            magic, kind, status, *numbers, seconds, count, text = _REPLY.unpack(packet)
+            gpu, flags, clock_state, number, epoch, from_mhz, clock_mhz = numbers
             said, how = Say(kind), Status(status)
         except (struct.error, ValueError):
             magic = 0
         if magic != _MAGIC:
             raise InvalidInputError("reply", packet[:16], f"{REPLY_BYTES} bytes of this version")
         return cls(
-            said, how, gpu, flags, number, epoch, from_mhz, clock_mhz, seconds, count,
+            said, how, gpu, flags, clock_state, number, epoch, from_mhz, clock_mhz, seconds, count,
             text.rstrip(b"\0").decode(errors="replace"),
         )  # fmt: skip
 

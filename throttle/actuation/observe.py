@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from throttle.errors import GpuPermissionError
 
 if TYPE_CHECKING:
-    from throttle.actuation.backend import GpuBackend, GpuReading
+    from throttle.actuation.backend import ClockReading, GpuBackend, GpuReading
 
 _REFUSAL: Final = "backend is 'observe', which only reads; set backend to 'nvml' to set clocks"
 
@@ -50,6 +50,10 @@ class ObserveBackend:
             GpuPermissionError: Always.
         """
         self._refuse(uuid, "clocks were not reset")
+
+    def read_clock(self, uuid: str) -> ClockReading:
+        """Read through the other backend."""
+        return self._backend.read_clock(uuid)
 
     def read(self, uuid: str) -> GpuReading:
         """Read through the other backend."""

@@ -12,7 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from throttle.actuation.actuator import ClockAnswer
-from throttle.actuation.hand import ClockChange
+from throttle.actuation.hand import ClockChange, ClockState
 from throttle.actuation.leases import DEFAULT_CLOCKS, UNKNOWN_CLOCKS, allowed_clocks_mhz
 from throttle.actuation.messages import GPUS_LIMIT, REPLY_BYTES, Ask, Reply, Request, Say, Status
 from throttle.errors import ActuationError, ConflictError, InvalidInputError, NotFoundError
@@ -71,6 +71,7 @@ class RemoteActuator:
         }
         self._state = threading.Condition()  # guards everything below
         self._targets = dict.fromkeys(self._uuids, DEFAULT_CLOCKS)
+        self._clock_states = dict.fromkeys(self._uuids, ClockState.UNKNOWN)
         self._problems: dict[str, str] = {}
         self._leases: dict[int, RemoteLease] = {}
         self._answers: dict[int, Reply | None] = {}  # None while one is awaited
@@ -107,6 +108,10 @@ class RemoteActuator:
     def target_mhz(self, uuid: str) -> int:
         """What the GPU was told last."""
         return self._targets[self._known(uuid)]
+
+    def clock_state(self, uuid: str) -> ClockState:
+        """What became of that."""
+        return self._clock_states[self._known(uuid)]
 
     def owner(self, uuid: str) -> str:
         """Who holds the GPU; empty when it is free."""
@@ -264,6 +269,7 @@ class RemoteActuator:
         else:
             self._problems.pop(uuid, None)
         self._targets[uuid] = reply.clock_mhz
+        self._clock_states[uuid] = ClockState(reply.clock_state)
         holder = next((each for each in self._leases.values() if uuid in each.gpu_uuids), None)
         if holder is not None:
             holder.disturbed(reply.clock_mhz)

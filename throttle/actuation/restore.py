@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from throttle.actuation.backend import GpuBackend
+    from throttle.actuation.backend import ClockDriver
     from throttle.actuation.hand import ClockChange
     from throttle.actuation.settings import ActuationSettings
 
@@ -23,7 +23,7 @@ _MARGIN_SECONDS: Final = 1.0
 
 
 def restore(
-    backend: GpuBackend,
+    backend: ClockDriver,
     directory: Path,
     uuids: Iterable[str],
     settings: ActuationSettings,

@@ -18,7 +18,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from throttle.actuation.backend import GpuReading
+from throttle.actuation.backend import ClockReading, GpuReading
 from throttle.errors import ActuationError, InvalidInputError, NotFoundError
 
 if TYPE_CHECKING:
@@ -317,6 +317,11 @@ class SimulatedBackend:
     def reset_clock(self, uuid: str) -> None:
         """Remove the lock."""
         self._file.write_lock(uuid, 0)
+
+    def read_clock(self, uuid: str) -> ClockReading:
+        """Read the clock that the simulated GPU published last."""
+        reading = self._file.read_telemetry(uuid)
+        return ClockReading(reading.clock_mhz, reading.event_reasons, reading.time_seconds)
 
     def read(self, uuid: str) -> GpuReading:
         """Read what the simulated GPU published last."""

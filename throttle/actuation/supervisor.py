@@ -1,30 +1,31 @@
 """The parent of the two processes; fit to be process 1 of a container.
 
 It forwards signals, reaps whatever ends, and ends when either of the two does: whoever started it
-starts it again. When the actuator dies with its work undone, it has the GPUs reset.
+starts it again. When the actuator dies with its work undone, it has the GPUs reset. An actuator
+that stands still expires no lease, so it is killed, which ends them all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import math
 import os
 import signal
 import socket
 import sys
 import time
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from throttle.actuation import privileges
+from throttle.actuation.audit import log_line, write_line
 from throttle.actuation.process import open_backend, run
 from throttle.errors import ActuationError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from throttle.actuation.process import Orders
+    from throttle.actuation.orders import Orders
 
 #: The privileged process; -I: neither the environment nor the working directory choose its code.
 ACTUATOR_COMMAND: Final = (sys.executable, "-I", "-m", "throttle.actuation.process")
@@ -33,7 +34,36 @@ _FORWARDED: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 _WATCHED: Final = _FORWARDED | {signal.SIGCHLD}
 #: For the actuator to reset every GPU once its controller is gone, and for the reset without it.
 _RESET_SECONDS: Final = 8.0
-_TURN_SECONDS: Final = 1.0
+#: Between two looks at the actuator's pulse, which beats ten times a second.
+_TURN_SECONDS: Final = 0.25
+#: The actuator may be silent for as long as the controller may, but at least this long: a busy
+#: machine keeps a process waiting, too.
+_LEAST_SILENCE_SECONDS: Final = 2.0
+
+
+class Silence:
+    """How long a pulse has been missing, while whoever listens was awake itself."""
+
+    def __init__(self, limit_seconds: float) -> None:
+        self._limit_seconds = limit_seconds
+        self._silent_seconds = -math.inf
+        self._looked_seconds = 0.0
+
+    def too_long(self, now_seconds: float, *, beat: bool) -> bool:
+        """Take in one look, true once for each silence that lasts too long.
+
+        Args:
+            now_seconds: When, monotonic.
+            beat: Whether there was a beat since the last look; before the first, nothing is judged.
+        """
+        # a listener that stood still itself has heard nothing
+        passed = min(now_seconds - self._looked_seconds, _TURN_SECONDS)
+        self._looked_seconds = now_seconds
+        self._silent_seconds = 0.0 if beat else self._silent_seconds + passed
+        if self._silent_seconds <= self._limit_seconds:
+            return False
+        self._silent_seconds = -math.inf
+        return True
 
 
 class Supervisor:
@@ -59,6 +89,8 @@ class Supervisor:
         self._stop_seconds = stop_seconds
         self._command = tuple(actuator_command)
         self._controller = self._actuator = self._resetter = 0  # process ids while they live
+        self._pulse = -1  # the actuator's
+        self._silence = Silence(max(orders.settings.lease_seconds, _LEAST_SILENCE_SECONDS))
         self._status = 0
         self._stopping = False
         self._deadline_seconds = float("inf")
@@ -76,15 +108,20 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
         parent = os.getpid()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        os.set_inheritable(theirs.fileno(), True)  # noqa: FBT003 - the standard library's signature
+        self._pulse = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        for descriptor in (theirs.fileno(), self._pulse):
+            os.set_inheritable(descriptor, True)  # noqa: FBT003 - the standard library's signature
         self._actuator = self._spawn(
-            dataclasses.replace(self._orders, channel=theirs.fileno(), parent=parent)
+            dataclasses.replace(
+                self._orders, channel=theirs.fileno(), parent=parent, pulse=self._pulse
+            )
         )
         theirs.close()
         self._controller = os.fork()
         if self._controller:
             ours.close()
             return None
+        os.close(self._pulse)
         os.setsid()  # an interrupt from the terminal reaches the supervisor alone
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         # SIGTERM and SIGINT stay blocked: the controller waits for them, and its threads must not
@@ -97,8 +134,11 @@ class Supervisor:
         privileges.die_with_parent(parent, signal.SIGTERM)
         return ours
 
-    def watch(self) -> int:
+    def watch(self, limit_seconds: float = math.inf) -> int:
         """Forward signals and reap until nothing is left.
+
+        Args:
+            limit_seconds: After so long, stop as on SIGTERM.
 
         Returns:
             Exit status: 0 when both ended in order and every GPU is at default clocks.
@@ -106,7 +146,10 @@ class Supervisor:
         if self._orders.backend == "nvml":
             with contextlib.suppress(ActuationError):  # the actuator says so, too
                 import_nvml_binding()
+        end_seconds = time.monotonic() + limit_seconds
         while self._controller or self._actuator or self._resetter:
+            if time.monotonic() >= end_seconds:
+                self._stop_controller()
             remaining = self._deadline_seconds - time.monotonic()
             if remaining <= 0 and not self._give_up():
                 break
@@ -114,6 +157,7 @@ class Supervisor:
             if info is not None and info.si_signo in _FORWARDED:
                 self._forward(signal.Signals(info.si_signo))
             self._reap()
+            self._feel_pulse()
         return self._status
 
     def _forward(self, number: signal.Signals) -> None:
@@ -152,6 +196,18 @@ class Supervisor:
             elif process == self._resetter:
                 self._resetter = 0
                 self._note_end("resetter", status)
+
+    def _feel_pulse(self) -> None:
+        """Kill an actuator that stands still; its end is seen like any other."""
+        now, beat = time.monotonic(), True
+        try:
+            os.eventfd_read(self._pulse)
+        except BlockingIOError:
+            beat = False
+        if self._silence.too_long(now, beat=beat) and self._actuator:
+            self._log("actuator_killed", why="it stands still")
+            self._signal(self._actuator, signal.SIGKILL)
+            self._deadline_seconds = now + _RESET_SECONDS
 
     def _note_end(self, name: str, status: int) -> None:
         orderly = self._stopping or not self._controller
@@ -194,17 +250,11 @@ class Supervisor:
             os.kill(process, number)  # not reaped yet, so the number is still its own
 
     def _log(self, event: str, **fields: object) -> None:
-        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-        if self._orders.log_json:
-            line = json.dumps({**fields, "event": event, "level": "error", "timestamp": now})
-        else:
-            pairs = " ".join(f"{name}={value}" for name, value in fields.items())
-            line = f"{now} [error  ] {event:<30} {pairs}"
-        os.write(2, line.encode() + b"\n")
+        write_line(log_line(event, "error", fields, as_json=self._orders.log_json))
 
 
 def import_nvml_binding() -> None:
     """Import what a reset needs before it is urgent; initializes nothing, which a fork forbids."""
-    from throttle.actuation.nvml import import_binding  # noqa: PLC0415 - where there is a driver
+    from throttle.actuation.nvml_clocks import import_binding  # noqa: PLC0415 - where there is a driver
 
     import_binding()

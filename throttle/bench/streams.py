@@ -17,6 +17,8 @@ from throttle.v1 import throttle_service_pb2
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    _Call = grpc.aio.StreamStreamCall[bytes, throttle_service_pb2.StreamIterationsResponse]
+
 _METHOD = "/throttle.v1.ThrottleService/StreamIterations"
 _OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
 #: Longest wait for an answer before a stream counts as stuck.
@@ -69,7 +71,7 @@ def drive_one(load: Load) -> Answers:
     with grpc.insecure_channel(load.target, options=_OPTIONS) as channel:
         call = channel.stream_stream(
             _METHOD,
-            request_serializer=None,
+            request_serializer=bytes,  # they are bytes already
             response_deserializer=throttle_service_pb2.StreamIterationsResponse.FromString,
         )(iter(outgoing.get, None), timeout=_STUCK_SECONDS + len(load.states))
         try:
@@ -149,9 +151,9 @@ class _Engine:
         """Register, settle with all others, then send."""
         load = self._load
         async with grpc.aio.insecure_channel(load.target, options=_OPTIONS) as channel:
-            call = channel.stream_stream(
+            call: _Call = channel.stream_stream(
                 _METHOD,
-                request_serializer=None,
+                request_serializer=bytes,  # they are bytes already
                 response_deserializer=throttle_service_pb2.StreamIterationsResponse.FromString,
             )()
             await call.write(self._registration)
@@ -169,13 +171,13 @@ class _Engine:
                 for number, state in numbered:
                     self._sent[number] = time.perf_counter()
                     await call.write(state)
-                    self._note((await call.read()).decision.sequence_number)
+                    self._note(await call.read())
             await call.done_writing()
         return Answers(tuple(self._seconds), self._overtaken_count, int(bool(self._sent)))
 
     async def _send_paced(
         self,
-        call: grpc.aio.StreamStreamCall[bytes, throttle_service_pb2.StreamIterationsResponse],
+        call: _Call,
         numbered: Sequence[tuple[int, bytes]],
     ) -> None:
         due = time.perf_counter() + self._offset_seconds
@@ -187,7 +189,7 @@ class _Engine:
 
     async def _read(
         self,
-        call: grpc.aio.StreamStreamCall[bytes, throttle_service_pb2.StreamIterationsResponse],
+        call: _Call,
         last: int,
     ) -> None:
         number = 0
@@ -195,15 +197,18 @@ class _Engine:
             answer = await call.read()
             if answer is grpc.aio.EOF:
                 return
-            number = answer.decision.sequence_number
-            self._note(number)
+            number = self._note(answer)
 
-    def _note(self, number: int) -> None:
-        """An answer covers its state and all that came before it."""
+    def _note(self, answer: object) -> int:
+        """An answer covers its state and all that came before it; returns its number."""
         now = time.perf_counter()
+        if not isinstance(answer, throttle_service_pb2.StreamIterationsResponse):
+            raise ThrottleError(f"the server at {self._load.target} ended a stream")
+        number = answer.decision.sequence_number
         for each in self._covered(number):
             self._overtaken_count += each < number
             self._seconds.append(now - self._sent.pop(each))
+        return number
 
     def _covered(self, number: int) -> Iterator[int]:
         yield from [each for each in self._sent if each <= number]

@@ -19,10 +19,10 @@ import grpc
 from throttle.bench.streams import Load, drive
 from throttle.bench.timing import Result
 from throttle.simulation.messages import registration_message, state_message
-from throttle.v1 import decision_pb2, throttle_service_pb2, throttle_service_pb2_grpc
+from throttle.v1 import decision_pb2, throttle_service_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from throttle.bench.states import Recorded
 
@@ -98,7 +98,7 @@ def _serve(kind: str, target: str, ready: Any, stop: Any) -> None:  # noqa: ANN4
         asyncio.run(_serve_asyncio(target, ready, stop))
         return
     server = grpc.server(ThreadPoolExecutor(_CALLS_LIMIT))
-    throttle_service_pb2_grpc.add_ThrottleServiceServicer_to_server(_ThreadedEcho(), server)
+    server.add_generic_rpc_handlers((_handler(_echo),))
     server.add_insecure_port(target)
     server.start()
     ready.set()
@@ -108,7 +108,7 @@ def _serve(kind: str, target: str, ready: Any, stop: Any) -> None:  # noqa: ANN4
 
 async def _serve_asyncio(target: str, ready: Any, stop: Any) -> None:  # noqa: ANN401 - likewise
     server = grpc.aio.server()
-    throttle_service_pb2_grpc.add_ThrottleServiceServicer_to_server(_AsyncioEcho(), server)  # type: ignore[no-untyped-call]
+    server.add_generic_rpc_handlers((_handler(_echo_asyncio),))
     server.add_insecure_port(target)
     await server.start()
     ready.set()
@@ -130,21 +130,26 @@ def _answer(
     )
 
 
-class _ThreadedEcho(throttle_service_pb2_grpc.ThrottleServiceServicer):
-    def StreamIterations(  # noqa: N802 - the protocol's name
-        self,
-        request_iterator: Iterable[throttle_service_pb2.StreamIterationsRequest],
-        context: grpc.ServicerContext,  # noqa: ARG002 - of the protocol
-    ) -> Iterator[throttle_service_pb2.StreamIterationsResponse]:
-        for request in request_iterator:
-            yield _answer(request)
+def _handler(echo: Callable[..., Any]) -> grpc.GenericRpcHandler:
+    """The stream's method alone, with the messages of the protocol."""
+    method = grpc.stream_stream_rpc_method_handler(
+        echo,
+        request_deserializer=throttle_service_pb2.StreamIterationsRequest.FromString,
+        response_serializer=throttle_service_pb2.StreamIterationsResponse.SerializeToString,
+    )
+    handlers = {"StreamIterations": method}
+    return grpc.method_handlers_generic_handler("throttle.v1.ThrottleService", handlers)
 
 
-class _AsyncioEcho(throttle_service_pb2_grpc.ThrottleServiceServicer):
-    async def StreamIterations(  # type: ignore[override] # noqa: N802 - the protocol's name
-        self,
-        request_iterator: object,  # noqa: ARG002 - read by hand, which is faster
-        context: grpc.aio.ServicerContext[Any, Any],
-    ) -> None:
-        while (request := await context.read()) is not grpc.aio.EOF:
-            await context.write(_answer(request))
+def _echo(
+    requests: Iterable[throttle_service_pb2.StreamIterationsRequest],
+    _: grpc.ServicerContext,
+) -> Iterator[throttle_service_pb2.StreamIterationsResponse]:
+    for request in requests:
+        yield _answer(request)
+
+
+async def _echo_asyncio(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    # read by hand, which is faster than to iterate
+    while (request := await context.read()) is not grpc.aio.EOF:
+        await context.write(_answer(request))

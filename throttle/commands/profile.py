@@ -281,8 +281,8 @@ class Profiling:
         return tokens / seconds if seconds > 0.0 else 0.0
 
     def _record(self, planned: Round) -> None:
+        from throttle.daemon.assembly import build_server  # noqa: PLC0415
         from throttle.daemon.config import DaemonConfig  # noqa: PLC0415 (slow to load)
-        from throttle.daemon.server import build_server  # noqa: PLC0415
 
         config = DaemonConfig(
             socket=self._file_path.with_name("throttle.sock"),

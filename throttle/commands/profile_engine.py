@@ -7,10 +7,12 @@ import sys
 from typing import TYPE_CHECKING
 
 from throttle.commands.configuration import add_configuration, read_configuration
+from throttle.commands.serve import run_supervised
 from throttle.errors import InvalidInputError
 
 if TYPE_CHECKING:
     import argparse
+    import socket
     from collections.abc import Callable
 
     from throttle.daemon.config import DaemonConfig
@@ -33,25 +35,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Record; 0 when every GPU is back at default clocks."""
-    from throttle.daemon.logs import configure_logs  # noqa: PLC0415 (slow to load)
-
     if not 0.0 < arguments.minutes < float("inf"):
         raise InvalidInputError("--minutes", arguments.minutes, "finite, above 0")
     config = read_configuration(arguments)
-    configure_logs(config.log_level, config.log_format)
-    signals = {signal.SIGTERM, signal.SIGINT}
-    # blocked in every thread and waited for, as `throttle serve` does
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    seconds = 60.0 * arguments.minutes
-    return 0 if record(config, lambda: signal.sigtimedwait(signals, seconds)) else 1
+
+    def control(channel: socket.socket) -> int:
+        ending = {signal.SIGTERM, signal.SIGINT}
+        return 0 if record(config, lambda: signal.sigwait(ending), channel) else 1
+
+    return run_supervised(config, "profile-engine", control, limit_seconds=60.0 * arguments.minutes)
 
 
-def record(config: DaemonConfig, wait: Callable[[], object]) -> bool:
+def record(
+    config: DaemonConfig, wait: Callable[[], object], channel: socket.socket | None = None
+) -> bool:
     """Serve and record until it is time to stop.
 
     Args:
         config: Of the daemon; its `recordings` must be set.
         wait: Returns when it is.
+        channel: To the privileged process; None sets clocks in this one, for tests.
 
     Returns:
         Whether every GPU is known to be at default clocks.
@@ -60,12 +63,12 @@ def record(config: DaemonConfig, wait: Callable[[], object]) -> bool:
         InvalidInputError: The configuration records nothing.
     """
     from throttle.commands.profile import ExplorationFactory, Round  # noqa: PLC0415 (slow to load)
-    from throttle.daemon.server import build_server  # noqa: PLC0415
+    from throttle.daemon.assembly import build_server  # noqa: PLC0415
 
     if config.recordings is None:
         raise InvalidInputError("recordings", None, "a folder to record into")
     before = set(config.recordings.glob("*.parquet"))
-    daemon = build_server(config, ExplorationFactory(Round(0, 0.0, (), None)))
+    daemon = build_server(config, ExplorationFactory(Round(0, 0.0, (), None)), channel=channel)
     daemon.start()
     try:
         wait()

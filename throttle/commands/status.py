@@ -62,6 +62,10 @@ def _gpu_line(gpu: throttle_service_pb2.GpuStatus) -> str:
             line += f", {gpu.temperature_celsius:.0f} C"
         if gpu.clock_event_reasons:
             line += f" ({', '.join(gpu.clock_event_reasons)})"
+    state = throttle_service_pb2.ClockState.Name(gpu.clock_state).removeprefix("CLOCK_STATE_")
+    line += f", clock {'unknown' if state == 'UNSPECIFIED' else state.lower()}"
+    if gpu.problem:
+        line += f", cannot be relied on ({gpu.problem})"
     return f"{line}, {'held by ' + gpu.engine_id if gpu.engine_id else 'free'}"
 
 

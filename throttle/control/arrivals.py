@@ -2,16 +2,17 @@
 
 In an open loop the work that flows through an engine is the work that arrives, whatever the clock,
 so what the iterations have computed over the last minute estimates it at every fidelity, also where
-the engine tells only aggregates.
+the engine tells only aggregates. Where answers take minutes, work flows long after it has arrived:
+there, requests times the mean length of an answer tell it sooner.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from throttle.control.state import Phase
+from throttle.control.state import EventKind, Phase
 
 if TYPE_CHECKING:
     from throttle.control.state import IterationState
@@ -30,6 +31,7 @@ class OfferedLoad:
         context_tokens: Mean context of a generating request.
         dispersion_ratio: Variance over mean of the prompts that start per second, at least 1: 1 for
             Poisson arrivals, more for bursts (index of dispersion for counts).
+        requests_per_second: Requests; 0 where the engine does not tell of them one by one.
     """
 
     prefill_tokens_per_second: float
@@ -39,8 +41,22 @@ class OfferedLoad:
     decode_tokens_per_second: float
     context_tokens: float
     dispersion_ratio: float = 1.0
+    requests_per_second: float = 0.0
+
+    def with_answers_of(self, mean_tokens: float) -> OfferedLoad:
+        """The load when the answers that arrive, of this mean length, need more than what flows.
+
+        While a batch of long answers builds up, fewer tokens flow than arrive. The other way round
+        it is what flows that has to be carried.
+        """
+        arriving = self.requests_per_second * mean_tokens
+        flowing = self.decode_tokens_per_second
+        most = max(flowing, min(arriving, _GROWTH_LIMIT_RATIO * flowing))
+        return replace(self, decode_tokens_per_second=most)
 
 
+#: Lengths are beliefs: tokens to come are not believed to be more than this many times what flows.
+_GROWTH_LIMIT_RATIO = 1.5
 #: Length of the intervals in which prompts are counted, and the weight of the assumption that they
 #: arrive as a Poisson process, in intervals.
 _COUNT_SECONDS = 1.0
@@ -66,6 +82,7 @@ class LoadEstimator:
         self._prefill_iterations = 0.0
         self._prefill_requests = 0.0
         self._prefill_kv_tokens = 0.0
+        self._requests = 0.0
         self._decode_tokens = 0.0
         self._decode_kv_tokens = 0.0
         self._dispersion = _Dispersion(time_constant_seconds / _COUNT_SECONDS)
@@ -79,6 +96,8 @@ class LoadEstimator:
         if self._last_seconds is not None:
             self._age(now - self._last_seconds)
         self._last_seconds = now
+        arrived = [event for event in state.request_events if event.kind is EventKind.ARRIVED]
+        self._requests += len(arrived)
         prompts = state.scheduled.num_prefill_requests if state.phase is Phase.COMPLETED else 0
         self._dispersion.add(now, prompts)
         if state.phase is not Phase.COMPLETED:
@@ -110,12 +129,14 @@ class LoadEstimator:
             decode_tokens_per_second=self._decode_tokens / self._weight_seconds,
             context_tokens=self._decode_kv_tokens / self._decode_tokens,
             dispersion_ratio=self._dispersion.ratio(),
+            requests_per_second=self._requests / self._weight_seconds,
         )
 
     def _age(self, elapsed_seconds: float) -> None:
         decay = math.exp(-elapsed_seconds / self._time_constant_seconds)
         self._seen_seconds += elapsed_seconds
         self._weight_seconds = self._weight_seconds * decay + elapsed_seconds
+        self._requests *= decay
         self._prefill_tokens *= decay
         self._prefill_iterations *= decay
         self._prefill_requests *= decay

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from throttle.control.advice import Advice, ParallelSize, ScalingAdvisor
 from throttle.control.compilation import compiled_steps
 from throttle.control.forecast import Forecast, Forecaster
 from throttle.control.lateness import LateBudget
@@ -16,6 +17,8 @@ from throttle.control.slack import Slo
 from throttle.control.state import EngineProfile, IterationState, Phase
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from predictors.prediction import Predictor
@@ -73,6 +76,7 @@ class Controller:
         predictor: Predicts its iterations.
         settings: What the operator tuned.
         compiled: Use compiled code where numba is there; the decisions are the same.
+        sizes: Numbers of GPUs to advise on, for engines that want advice.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Controller:
         settings: ControlSettings,
         *,
         compiled: bool = True,
+        sizes: Sequence[ParallelSize] = (),
     ) -> None:
         steps = compiled_steps() if compiled else None
         self._profile = profile
@@ -100,6 +105,7 @@ class Controller:
             profile, predictor, settings, self._scoreboard, (floor, self._ceiling), steps=steps
         )
         self._late_budget = LateBudget(settings.late_budget())
+        self._scaling = ScalingAdvisor(sizes, self._forecaster.outlook.limits)
         self._fastest_seconds = 0.0  # what all iterations so far would have taken at the fastest
         self._fastest_ratio = 1.0  # duration at the fastest clock over that at the chosen one
         self._idle_since_seconds: float | None = None
@@ -154,7 +160,7 @@ class Controller:
         if horizon.empty:
             # Work waits and none of it can be scheduled: it is freed soonest at full speed.
             return self._guarded(Reason.KV_PRESSURE, now)
-        return self._decide_busy(state, self._forecaster.forecast(state, horizon), now)
+        return self._decide_busy(state, self._forecaster.forecast(state, horizon, live), now)
 
     def evaluate(self, state: IterationState) -> Evaluation:
         """Judge every clock for `state`, which must have been observed; changes nothing outside."""
@@ -163,7 +169,7 @@ class Controller:
         now = state.engine_time_seconds
         if self._idle(state, live) or horizon.empty:
             return Evaluation(self.decide(state), ())
-        forecast = self._forecaster.forecast(state, horizon)
+        forecast = self._forecaster.forecast(state, horizon, live)
         decision = self._decide_busy(state, forecast, now)
         kept = self._keeps_every_limit(forecast)
         rows = tuple(
@@ -184,7 +190,7 @@ class Controller:
         horizon = self._forecaster.project(state, live, self._selector.current)
         if horizon.empty:
             raise RuntimeError("nothing is computed; judge() follows decide() of a busy engine")
-        forecast = self._forecaster.forecast(state, horizon)
+        forecast = self._forecaster.forecast(state, horizon, live)
         cost = self._cost(forecast)
         if cost is None:
             raise RuntimeError("the load is not known yet; decide() on more states first")
@@ -229,6 +235,8 @@ class Controller:
             index, reason = self._selector.jump(self._ceiling, now), Reason.OUT_OF_ENVELOPE
         elif self._blind(state):
             index, reason = self._selector.jump(self._ceiling, now), Reason.POOR_INFORMATION
+        elif self._settings.hurry_lost and forecast.slack.lost_requests_count:
+            index, reason = self._selector.jump(self._ceiling, now), Reason.INFEASIBLE
         else:
             feasible = self._keeps_every_limit(forecast) & self._allowed
             index, reason = self._selector.choose(feasible, self._cost(forecast), now)
@@ -247,6 +255,15 @@ class Controller:
             predicted_default_power_watts=float(forecast.power_watts[-1]),
             cruise_clock_mhz=self._cruise_clock_mhz(),
             lost_requests_count=forecast.slack.lost_requests_count,
+            advice=self._advice(forecast, now) if self._profile.wants_advice else None,
+        )
+
+    def _advice(self, forecast: Forecast, now: float) -> Advice:
+        outlook = self._forecaster.outlook
+        return Advice(
+            forecast.admissions,
+            outlook.load_headroom_ratio,
+            self._scaling.least_gpus_count(outlook.load, now),
         )
 
     def _keeps_every_limit(self, forecast: Forecast) -> NDArray[np.bool_]:

@@ -35,6 +35,11 @@ _LEAST_BATCH = 1e-3
 _BISECTIONS = 18
 #: A clock at which prompts alone keep the engine this busy has no equilibrium worth the name.
 _PREFILL_BUSY_LIMIT = 0.95
+#: The engine must have room for the mean batch and so many standard deviations: a batch that finds
+#: no room queues, and a queue at a clock that just carries the load does not go away.
+_CROWD_DEVIATIONS = 2.0
+#: Batches at which growth is looked for, about 3 % apart.
+_GROWTH_BATCHES_COUNT = 192
 #: The slope of average power over load is taken between the present load and this share of it.
 _LESSER_LOAD_RATIO = 0.8
 #: Bursts are planned for over about the time that a mean gap is judged over: 48 tokens.
@@ -191,12 +196,52 @@ def settle(
     first_token = at(mixed_seconds) / (1.0 - np.minimum(prefill_share, _PREFILL_BUSY_LIMIT))
     carried = (
         (prefill_share < _PREFILL_BUSY_LIMIT)
-        & (batch < 0.999 * min(limits.batch_requests, grid[-1]))
-        & (batch * load.context_tokens < limits.kv_tokens)
+        & (batch < 0.999 * grid[-1])
+        & _has_room(batch, load, limits)
         & (rate * limits.tpot_seconds >= 1.0)
         & (first_token <= limits.ttft_seconds)
     )
     return Equilibrium(np.where(carried, power, np.inf), batch, busy, 1.0 / rate)
+
+
+def growth_limit_ratio(
+    load: OfferedLoad, limits: CarryingLimits, latency_seconds: NDArray[np.float64]
+) -> float:
+    """How many times the load one clock would carry: 1 for just this one, 0 for none at all.
+
+    At a batch of B requests, prompts and answers of f times the load are carried where
+    B N(B) = f D with N(B) = f m + (1 - f m t_mixed) / t_decode iterations per second: solved for f
+    at every batch, the largest that keeps every limit is the answer.
+
+    Args:
+        load: What arrives: m prompt iterations and D output tokens per second.
+        limits: What may not be exceeded.
+        latency_seconds: Of `equilibrium_shapes(load, limits)` at that clock, (2G,).
+    """
+    grid = _grid(limits)
+    batch = np.geomspace(grid[0], grid[-1], _GROWTH_BATCHES_COUNT)
+    decode_seconds, mixed_seconds = (
+        np.interp(batch, grid, half) for half in np.split(latency_seconds, 2)
+    )
+    prompts = load.prefill_iterations_per_second
+    wanted = load.decode_tokens_per_second + batch * prompts * (mixed_seconds / decode_seconds - 1)
+    ratio = batch / decode_seconds / np.maximum(wanted, 1e-9)
+    prefill_share = ratio * prompts * mixed_seconds
+    rate = ratio * prompts + (1.0 - prefill_share) / decode_seconds
+    kept = (
+        (prefill_share < _PREFILL_BUSY_LIMIT)
+        & _has_room(batch, load, limits)
+        & (rate * limits.tpot_seconds >= 1.0)
+        & (mixed_seconds <= limits.ttft_seconds * (1.0 - prefill_share))
+    )
+    return float(ratio[kept].max(initial=0.0))
+
+
+def _has_room(
+    batch: NDArray[np.float64], load: OfferedLoad, limits: CarryingLimits
+) -> NDArray[np.bool_]:
+    crowd = batch + _CROWD_DEVIATIONS * np.sqrt(batch * load.dispersion_ratio)
+    return (crowd < limits.batch_requests) & (crowd * load.context_tokens < limits.kv_tokens)
 
 
 def refund_watts(

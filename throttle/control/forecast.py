@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from predictors.prediction import Prediction
+from throttle.control.advice import AdmissionAdvice, advise_admissions
 from throttle.control.feedback import PredictionFeedback
 from throttle.control.lateness import EndingShares, Lateness, expect_lateness
 from throttle.control.lengths import LengthBeliefs, RequestLengths
@@ -52,6 +53,7 @@ class Forecast:
         lateness: Answers that each clock makes late; None where none has a limit on its mean gap.
         covered: Whether the near future is of a kind that the predictor has learned.
         kv_pressed: Whether the KV cache is, or will be, as good as full.
+        admissions: Advice on queued requests, where the engine asked for it.
     """
 
     latency_seconds: NDArray[np.float64]
@@ -63,6 +65,7 @@ class Forecast:
     lateness: Lateness | None
     covered: bool
     kv_pressed: bool
+    admissions: tuple[AdmissionAdvice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ class Forecaster:
         self._scoreboard = scoreboard
         self._clocks = clocks
         self._lengths = LengthBeliefs()
-        self._outlook = Outlook(profile, settings, predictor.idle_power_watts)
+        self._outlook = Outlook(profile, settings, predictor.idle_power_watts, clocks[1])
         self._feedback = PredictionFeedback(settings.violation_ratio)
         self._observations: list[_Observation] = []
         self._last_clock_mhz = 0
@@ -159,10 +162,10 @@ class Forecaster:
         waiting = self._lengths.planned_tokens(self._request_lengths(live.waiting))
         return project(live, running, waiting, self._profile, successors)
 
-    def forecast(self, state: IterationState, horizon: Horizon) -> Forecast:
-        """What every clock would do with a horizon, which is not empty."""
+    def forecast(self, state: IterationState, horizon: Horizon, live: LiveRequests) -> Forecast:
+        """What every clock would do with a horizon of `live`, which is not empty."""
         now = state.engine_time_seconds
-        prediction = self._predict(horizon.shapes, now)
+        prediction = self._predict(horizon, now)
         latency, upper, joules, seconds = self._correct(prediction, horizon)
         lateness = None
         if self._scoreboard.knows_requests:
@@ -184,6 +187,11 @@ class Forecaster:
             lateness=lateness,
             covered=bool(self._predictor.covers(horizon.shapes[:near]).all()),
             kv_pressed=self._kv_pressed(state, horizon),
+            admissions=(
+                advise_admissions(horizon, live, upper[:, self._clocks[1]], now)
+                if self._profile.wants_advice
+                else ()
+            ),
         )
 
     def _correct(
@@ -272,10 +280,11 @@ class Forecaster:
             clocks=self._clocks,
         )
 
-    def _predict(self, shapes: NDArray[np.float64], now: float) -> Prediction:
+    def _predict(self, horizon: Horizon, now: float) -> Prediction:
         """Predict the horizon, and in the same call what feedback and outlook ask for."""
-        observed = self._observations
-        due = self._outlook.due_shapes(now)
+        shapes, observed = horizon.shapes, self._observations
+        generated = horizon.decodes[:, Column.GENERATED]
+        due = self._outlook.due_shapes(now, self._lengths.everyone, generated)
         blocks = [shapes]
         if observed:
             blocks.append(np.array([each.shape for each in observed]))

@@ -39,7 +39,7 @@ NEWCOMER_GAPS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128.0])
 BOUND_DEVIATIONS = 2.33
 #: Answers to come will be judged again once they are here, and the clock raised for them: only this
 #: share of what a standing clock would make late has to be planned for now.
-RECOURSE_RATIO = 0.1
+RECOURSE_RATIO = 0.05
 #: Below this no budget tells shares apart.
 LEAST_SHARE = 1e-9
 #: Prompts alone never fill more of the time than this.

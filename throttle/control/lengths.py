@@ -139,12 +139,27 @@ class LengthCurve:
         joined: NDArray[np.float64] = 1.0 - np.interp(iterations, self.starts, self.excess)
         return joined
 
+    def mean_tokens(self, going_on_tokens: NDArray[np.float64]) -> float:
+        """Mean length of an answer.
+
+        Args:
+            going_on_tokens: Output so far of answers that still go on, (n,). They are censored
+                there: without them, long answers would be missed until the first of them end.
+        """
+        places = np.minimum(np.searchsorted(_EDGES, going_on_tokens), len(_EDGES) - 1)
+        censored = self._censored + np.bincount(places, minlength=len(_EDGES))
+        survival = self._survival_ratio(censored)
+        return float(survival[:-1] @ np.diff(self.starts))
+
+    def _survival_ratio(self, censored: NDArray[np.float64]) -> NDArray[np.float64]:
+        # Entry i is for g in [start[i], start[i+1]): the answer outlived the bins before i.
+        at_risk = np.cumsum((self._ended + censored)[::-1])[::-1]
+        hazard = np.divide(self._ended, at_risk, out=np.zeros_like(at_risk), where=at_risk > 0)
+        return np.concatenate([[1.0], np.cumprod(1.0 - np.minimum(hazard, 1.0))])
+
     def _compute(self) -> None:
         self.computed_count += 1
-        # Entry i is for g in [start[i], start[i+1]): the answer outlived the bins before i.
-        at_risk = np.cumsum((self._ended + self._censored)[::-1])[::-1]
-        hazard = np.divide(self._ended, at_risk, out=np.zeros_like(at_risk), where=at_risk > 0)
-        survival = np.concatenate([[1.0], np.cumprod(1.0 - np.minimum(hazard, 1.0))])
+        survival = self._survival_ratio(self._censored)
         starts = np.concatenate([[0.0], _EDGES])
         # Mean residual life by the area under the curve: sum over later bins of S * width.
         area = np.cumsum((survival[:-1] * np.diff(starts))[::-1])[::-1]

@@ -18,6 +18,7 @@ from throttle.control.cruise import (
     Interruptions,
     equilibrium_shapes,
     expect_interruptions,
+    growth_limit_ratio,
     refund_watts,
     settle,
 )
@@ -43,6 +44,7 @@ class Outlook:
         profile: Who the engine is.
         settings: What the operator tuned.
         idle_power_watts: Power of one GPU while nothing runs, at every clock, (C,).
+        ceiling: Index of the fastest clock that may be chosen.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class Outlook:
         profile: EngineProfile,
         settings: ControlSettings,
         idle_power_watts: NDArray[np.float64],
+        ceiling: int,
     ) -> None:
         self._profile = profile
+        self._ceiling = ceiling
         self._settings = settings
         # Where idle engines are parked, they rest at the lowest clock whatever the cruise clock is.
         resting = np.full_like(idle_power_watts, idle_power_watts[0])
@@ -64,6 +68,8 @@ class Outlook:
         self._work: PromptWork | None = None
         self._interruptions: Interruptions | None = None
         self._equilibrium: Equilibrium | None = None
+        self._settled_load: OfferedLoad | None = None
+        self._load_headroom_ratio: float | None = None
         self._refund_watts = 0.0
         self._due_seconds = -np.inf
 
@@ -88,6 +94,24 @@ class Outlook:
         return self._refund_watts
 
     @property
+    def load_headroom_ratio(self) -> float | None:
+        """Share by which the load may grow before the fastest allowed clock carries it no more.
+
+        Below 0 it is too much already; None while the load is not known.
+        """
+        return self._load_headroom_ratio
+
+    @property
+    def load(self) -> OfferedLoad | None:
+        """The load that was settled last."""
+        return self._settled_load
+
+    @property
+    def limits(self) -> CarryingLimits:
+        """What no equilibrium may exceed."""
+        return self._limits
+
+    @property
     def least_resting_watts(self) -> float:
         """Power of one GPU at rest."""
         return float(self._resting_power_watts.min())
@@ -97,21 +121,35 @@ class Outlook:
         self._load.add(state)
         self._prompt_work.add(state)
 
-    def due_shapes(self, now_seconds: float) -> NDArray[np.float64] | None:
-        """Shapes whose prediction `settle` wants now, (S, 7); None while nothing is due."""
-        if now_seconds < self._due_seconds:
-            return None
+    def due_shapes(
+        self, now_seconds: float, lengths: LengthCurve, generated_tokens: NDArray[np.float64]
+    ) -> NDArray[np.float64] | None:
+        """Shapes whose prediction `settle` wants now, (S, 7); None while nothing is due.
+
+        Args:
+            now_seconds: Engine time.
+            lengths: How long answers are.
+            generated_tokens: Output so far of those that go on, (n,).
+        """
         load = self._load.load()
-        return None if load is None else equilibrium_shapes(load, self._limits)
+        if load is None or now_seconds < self._due_seconds:
+            return None
+        self._settled_load = load.with_answers_of(lengths.mean_tokens(generated_tokens))
+        return equilibrium_shapes(self._settled_load, self._limits)
 
     def settle(self, prediction: Prediction, now_seconds: float) -> None:
         """Compute everything anew.
 
         Args:
-            prediction: Of `due_shapes`, corrected by what was observed.
+            prediction: Of the last `due_shapes`, corrected by what was observed.
             now_seconds: Engine time.
+
+        Raises:
+            RuntimeError: No shapes were due.
         """
-        load = self._known_load()
+        load = self._settled_load
+        if load is None:
+            raise RuntimeError("no load is known; settle() takes the prediction of due_shapes()")
         resting = self._resting_power_watts
         equilibrium = settle(load, self._limits, prediction, resting)
         self._refund_watts = refund_watts(load, self._limits, prediction, equilibrium, resting)
@@ -120,6 +158,8 @@ class Outlook:
         self._interruptions = expect_interruptions(
             load, self._limits, prediction, self._settings.burst_deviations
         )
+        fastest = prediction.latency_seconds[:, self._ceiling]
+        self._load_headroom_ratio = growth_limit_ratio(load, self._limits, fastest) - 1.0
         self._due_seconds = now_seconds + self._settings.cruise_period_seconds
 
     def successors(self, lengths: LengthCurve, clock_index: int) -> Successors | None:
@@ -156,12 +196,6 @@ class Outlook:
         stretch = self._interruptions.stretch_ratio(horizon.shapes[:, 3])
         stretch[: horizon.prefill_segments_count] = 1.0
         return stretch
-
-    def _known_load(self) -> OfferedLoad:
-        load = self._load.load()
-        if load is None:
-            raise RuntimeError("no load is known; settle() follows due_shapes() of the same state")
-        return load
 
 
 def _carrying_limits(profile: EngineProfile, settings: ControlSettings) -> CarryingLimits:

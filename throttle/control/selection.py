@@ -11,6 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from throttle.control.advice import Advice
     from throttle.control.slack import Slo
 
 
@@ -30,6 +31,7 @@ class Reason(enum.IntEnum):
     RELEASED = 11
     LEASE_EXPIRED = 12
     EXPLORATION = 13
+    BREAKER_OPEN = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Decision:
         predicted_default_power_watts: The same at the default (fastest) clock.
         cruise_clock_mhz: Clock of least long-run power; 0 while the load is not known.
         lost_requests_count: Requests that no clock can save.
+        advice: On what is not decided here; None where the engine did not ask.
     """
 
     target_clock_mhz: int
@@ -68,6 +71,7 @@ class Decision:
     predicted_default_power_watts: float = 0.0
     cruise_clock_mhz: int = 0
     lost_requests_count: int = 0
+    advice: Advice | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +79,17 @@ class Hysteresis:
     """What keeps clocks from chattering.
 
     Attributes:
-        dwell_seconds: Least time between the last change and a lower clock.
+        dwell_seconds: Age of the last change from which a lower clock needs no more than the least
+            gain. Sooner it needs more, by the square of what is lacking: a change is worth its cost
+            when it saves much, or for long.
+        least_dwell_seconds: Least time between the last change and a lower clock.
         least_gain_ratio: Share of long-run power that a change must save.
         raise_step_ratio: Least relative step upwards when slack forces it, so that a shrinking
             slack is answered once and not one clock at a time.
     """
 
     dwell_seconds: float
+    least_dwell_seconds: float
     least_gain_ratio: float
     raise_step_ratio: float
 
@@ -151,10 +159,15 @@ class Selector:
 
     def _reluctant(self, cost: NDArray[np.float64], best: int, now_seconds: float) -> bool:
         """Whether the gain is too small, or a lower clock comes too soon."""
-        least_gain = self._hysteresis.least_gain_ratio * cost[self._current]
-        too_soon = now_seconds - self._changed_seconds < self._hysteresis.dwell_seconds
-        lower = best < self._current
-        return bool(cost[self._current] - cost[best] < least_gain or (lower and too_soon))
+        gain = 1.0 - cost[best] / cost[self._current]
+        least_gain = self._hysteresis.least_gain_ratio
+        if best < self._current:
+            elapsed = now_seconds - self._changed_seconds
+            if elapsed < self._hysteresis.least_dwell_seconds:
+                return True
+            if elapsed < self._hysteresis.dwell_seconds:
+                least_gain *= (self._hysteresis.dwell_seconds / elapsed) ** 2
+        return bool(gain < least_gain)
 
     def _fastest(self, feasible: NDArray[np.bool_]) -> int:
         return int(np.flatnonzero(feasible)[-1])

@@ -41,10 +41,14 @@ class ControlSettings:
         e2e_guard_ratio: Share of the time left to a last token that may be planned with.
         reserve_seconds: Kept back from every first token for one switch and one decision.
         burst_deviations: Standard deviations of the number of prompts to come that are planned for.
+        hurry_lost: Run at the fastest clock while some request cannot be saved even by that, so
+            that it is less late; else such requests do not hold the clock up for the others.
         violation_ratio: Share of iterations that may exceed the latency bound.
         floor_clock_ratio: Lowest clock while work runs, as a share of the highest.
         ceiling_clock_ratio: Highest clock ever chosen, as a share of the highest.
-        dwell_seconds: Least engine time between a change and a lower clock.
+        dwell_seconds: Engine time since the last change from which a lower clock needs no more than
+            the least gain; sooner it needs more, by the square of what is lacking.
+        least_dwell_seconds: Least engine time between a change and a lower clock.
         least_gain_ratio: Share of long-run power that a change must save.
         raise_step_ratio: Least relative step upwards when slack forces it.
         load_time_constant_seconds: Memory of the load estimate.
@@ -66,10 +70,12 @@ class ControlSettings:
     e2e_guard_ratio: float = 0.9
     reserve_seconds: float = 0.05
     burst_deviations: float = 1.0
+    hurry_lost: bool = False
     violation_ratio: float = 0.01
     floor_clock_ratio: float = 0.2
     ceiling_clock_ratio: float = 1.0
-    dwell_seconds: float = 0.5
+    dwell_seconds: float = 0.75
+    least_dwell_seconds: float = 0.25
     least_gain_ratio: float = 0.01
     raise_step_ratio: float = 0.05
     load_time_constant_seconds: float = 60.0
@@ -97,7 +103,12 @@ class ControlSettings:
 
     def hysteresis(self) -> Hysteresis:
         """How reluctantly clocks change."""
-        return Hysteresis(self.dwell_seconds, self.least_gain_ratio, self.raise_step_ratio)
+        return Hysteresis(
+            self.dwell_seconds,
+            self.least_dwell_seconds,
+            self.least_gain_ratio,
+            self.raise_step_ratio,
+        )
 
     def problems(self) -> list[str]:
         """Values that cannot be used; one line each."""
@@ -145,6 +156,7 @@ _NOT_NEGATIVE = (
     "reserve_seconds",
     "burst_deviations",
     "dwell_seconds",
+    "least_dwell_seconds",
     "least_gain_ratio",
     "raise_step_ratio",
     "load_settling_seconds",

@@ -99,6 +99,7 @@ class EngineProfile:
     default_slos: Slos
     mode: Mode
     lease_seconds: float
+    wants_advice: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,9 @@ from throttle.errors import ActuationError
 from throttle.v1 import decision_pb2, throttle_service_pb2
 
 if TYPE_CHECKING:
+    from throttle.actuation.actuator import Actuator
     from throttle.actuation.backend import GpuReading
+    from throttle.control.advice import Advice
     from throttle.control.controller import Evaluation
     from throttle.control.selection import Binding, Decision
     from throttle.daemon.attribution import EngineEnergy, GpuEnergy
@@ -47,6 +49,7 @@ def decision_message(
         decision_duration_seconds=decision_duration_seconds,
         predicted_default_power_watts=decision.predicted_default_power_watts,
         predicted_default_iteration_seconds=decision.predicted_default_iteration_seconds,
+        advice=_advice_message(decision.advice) if decision.advice else None,
     )
 
 
@@ -102,25 +105,22 @@ def energy_message(energy: EngineEnergy | None) -> throttle_service_pb2.EngineEn
 
 
 def gpu_message(
-    gpu_uuid: str,
-    target_mhz: int,
-    engine_id: str,
-    reading: GpuReading | ActuationError,
-    energy: GpuEnergy,
+    gpu_uuid: str, actuator: Actuator, reading: GpuReading | ActuationError, energy: GpuEnergy
 ) -> throttle_service_pb2.GpuStatus:
     """The protocol's form of what is known of a GPU.
 
     Args:
         gpu_uuid: It.
-        target_mhz: What it was told last; below 0 when nothing is known.
-        engine_id: Who holds it; empty when it is free.
+        actuator: Knows what it was told and who holds it.
         reading: Its newest reading, or why there is none.
         energy: What it drew.
     """
     message = throttle_service_pb2.GpuStatus(
         gpu_uuid=gpu_uuid,
-        target_clock_mhz=max(0, target_mhz),
-        engine_id=engine_id,
+        target_clock_mhz=max(0, actuator.target_mhz(gpu_uuid)),
+        clock_state=throttle_service_pb2.ClockState.ValueType(actuator.clock_state(gpu_uuid)),
+        problem=actuator.problems().get(gpu_uuid, ""),
+        engine_id=actuator.owner(gpu_uuid),
         energy_joules=energy.counted_joules,
         unattributed_energy_joules=energy.unattributed_joules,
     )
@@ -139,6 +139,22 @@ def gpu_message(
 def reason_names(reasons: EventReason) -> list[str]:
     """Event reasons one by one, in lower case; bits that have no name are left out."""
     return [reason.name.lower() for reason in EventReason if reason in reasons and reason.name]
+
+
+def _advice_message(advice: Advice) -> decision_pb2.Advice:
+    return decision_pb2.Advice(
+        admissions=[
+            decision_pb2.AdmissionAdvice(
+                request_number=each.request_number,
+                verdict=decision_pb2.AdmissionVerdict.ValueType(each.verdict),
+                reason=decision_pb2.AdmissionReason.ValueType(each.reason),
+                first_token_seconds=each.first_token_seconds,
+            )
+            for each in advice.admissions
+        ],
+        load_headroom_ratio=advice.load_headroom_ratio,
+        least_gpus_count=advice.least_gpus_count,
+    )
 
 
 def _binding_message(binding: Binding) -> decision_pb2.BindingLimit:

@@ -12,6 +12,7 @@ from predictors.bundle import MANIFEST_FILE, find_bundle, load_bundle
 from predictors.errors import ArchitectureError, BundleError
 from predictors.features import Parallelism
 from predictors.predictor import Engine, load_predictor
+from throttle.control.advice import ParallelSize
 from throttle.control.controller import Controller
 from throttle.control.warm_up import warm_up
 from throttle.errors import InvalidInputError, NotFoundError
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from throttle.control.selection import Decision
     from throttle.control.settings import ControlSettings
     from throttle.control.state import EngineProfile, IterationState
+
+
+#: Sizes that advice is given on.
+_SIZES_GPUS_COUNTS = (1, 2, 4, 8)
 
 
 class Brain(Protocol):
@@ -145,8 +150,9 @@ class ControllerFactory:
             _check_architecture(path, trained, architecture)
             if engine is not None:
                 _check_gpu(path, predictor.manifest.gpu, engine.gpu)
+        sizes = self._sizes(profile, engine) if profile.wants_advice and engine else ()
         return EngineBrain(
-            Controller(profile, predictor, self._settings),
+            Controller(profile, predictor, self._settings, sizes=sizes),
             path.name,
             tuple(int(clock) for clock in predictor.clocks_mhz),
         )
@@ -166,6 +172,30 @@ class ControllerFactory:
                 yield manifest.parent.name, str(error)
             else:
                 yield manifest.parent.name, predictor.fallback_reason if predictor else ""
+
+    def _sizes(self, profile: EngineProfile, engine: Engine) -> tuple[ParallelSize, ...]:
+        """The engine on 1, 2, 4 and 8 GPUs, where there is a bundle and the model has room.
+
+        Memory is that of the engine as it is: what its KV cache and its weights take on one GPU.
+        """
+        model, spread = engine.architecture, engine.parallelism
+        gpus = len(profile.gpu_uuids)
+        weights = model.total_parameters_count * model.weight_bytes
+        own_tokens = float(profile.kv_blocks_count * profile.kv_block_tokens)
+        bytes_per_gpu = (own_tokens * model.kv_bytes_per_token + weights) / gpus
+        found = []
+        for count in _SIZES_GPUS_COUNTS:
+            kv_tokens = (bytes_per_gpu * count - weights) / model.kv_bytes_per_token
+            resized = _resized(spread, gpus, count)
+            if kv_tokens <= 0.0 or resized is None:
+                continue
+            size = dataclasses.replace(engine, parallelism=resized)
+            try:
+                predictor = self._load(self._bundle_for(size), size)
+            except BundleError:
+                continue  # there is no bundle for that size, and advice does without
+            found.append(ParallelSize(count, predictor, kv_tokens))
+        return tuple(found)
 
     def _load(self, path: Path, engine: Engine | None) -> BundlePredictor:
         # a bundle that was trained anew is read anew; predictors keep no state between calls
@@ -209,6 +239,14 @@ class ControllerFactory:
                 f"{', '.join(path.name for path in found) or 'none'}"
             )
         return found[0]
+
+
+def _resized(spread: Parallelism, gpus_count: int, count: int) -> Parallelism | None:
+    """Spread in the same manner over another number of GPUs; None where it is not plain how."""
+    tensor, expert = spread.tensor_parallel_count, spread.expert_parallel_count
+    if not {tensor, expert} <= {1, gpus_count}:
+        return None
+    return Parallelism(count if tensor > 1 or expert == 1 else 1, count if expert > 1 else 1)
 
 
 def _architecture(profile: EngineProfile) -> ModelArchitecture:

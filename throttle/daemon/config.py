@@ -129,7 +129,8 @@ class DaemonConfig:
         if self.actuation.state_directory is not None:
             return self.actuation.state_directory
         if self.backend == "simulated" and self.simulated_gpus is not None:
-            return self.simulated_gpus.with_name(self.simulated_gpus.name + ".state")
+            file = self.simulated_gpus.resolve()  # one file by two names is one set of GPUs
+            return file.with_name(file.name + ".state")
         return STATE_DIRECTORY
 
     @property

@@ -119,6 +119,7 @@ def read_registration(message: engine_pb2.EngineRegistration) -> EngineProfile:
         default_slos=_read_slos("registration.default_slos", message.default_slos),
         mode=_enum("registration.mode", message.mode, _MODES),
         lease_seconds=_read_lease(message.lease_timeout_seconds),
+        wants_advice=message.wants_advice,
     )
 
 

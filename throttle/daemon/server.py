@@ -1,4 +1,4 @@
-"""Puts the daemon together, and its life: start, serve, drain, stop."""
+"""The life of a daemon: start, serve, drain, stop."""
 
 from __future__ import annotations
 
@@ -8,49 +8,39 @@ import os
 import signal
 import threading
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry
 
 from throttle import __version__
-from throttle.actuation.backends import make_backend
-from throttle.actuation.local import LocalActuator
-from throttle.actuation.remote import RemoteActuator
-from throttle.daemon.access import CallerLookup, read_access_list
-from throttle.daemon.brains import BrainFactory, ControllerFactory
-from throttle.daemon.collectors import EngineCollector, GpuStateCollector
 from throttle.daemon.config import split_address
 from throttle.daemon.credentials import tls_credentials
-from throttle.daemon.gate import CallGate
-from throttle.daemon.metrics import DaemonMetrics, GpuCollector
 from throttle.daemon.recording import require_pyarrow
-from throttle.daemon.reload import Reloader, ReplaceableFactory
-from throttle.daemon.service import ThrottleServicer
-from throttle.daemon.sessions import RecordingPlan, SessionLimits, Sessions
 from throttle.daemon.sockets import claimed, private_umask, set_group
-from throttle.daemon.status_page import StatusPage
 from throttle.daemon.systemd import ServiceManager
-from throttle.daemon.telemetry import Telemetry
-from throttle.daemon.tracing import make_tracer, no_tracing
 from throttle.daemon.web import serve_http
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import throttle_service_pb2, throttle_service_pb2_grpc
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
     from pathlib import Path
 
+    from prometheus_client import CollectorRegistry
+
     from throttle.actuation.actuator import Actuator
-    from throttle.actuation.hand import ClockChange
+    from throttle.daemon.brains import BrainFactory
     from throttle.daemon.config import DaemonConfig
+    from throttle.daemon.gate import CallGate
+    from throttle.daemon.reload import Reloader
+    from throttle.daemon.service import ThrottleServicer
+    from throttle.daemon.sessions import Sessions
+    from throttle.daemon.status_page import StatusPage
+    from throttle.daemon.telemetry import Telemetry
 
 #: Calls besides the engines' streams that may run at once.
 _OTHER_CALLS = 8
@@ -75,7 +65,7 @@ _SERVER_OPTIONS: Final = (
 
 
 class Daemon:
-    """A daemon that is put together but not started; made by `build_server`."""
+    """A daemon that is put together but not started; made by `assembly.build_server`."""
 
     def __init__(
         self,
@@ -280,129 +270,6 @@ class Daemon:
         return True
 
 
-def build_server(
-    config: DaemonConfig,
-    brain_factory: BrainFactory | None = None,
-    clock: Callable[[], float] = time.monotonic,
-    *,
-    read_config: Callable[[], DaemonConfig] | None = None,
-    config_file: Path | None = None,
-    channel: socket.socket | None = None,
-) -> Daemon:
-    """Put a daemon together.
-
-    Args:
-        config: A configuration without problems.
-        brain_factory: Makes each engine's brain; None controls by the configured bundles.
-        clock: Monotonic seconds.
-        read_config: Reads the configuration again; None never reloads.
-        config_file: The configuration's file, which is watched.
-        channel: To the privileged process; None sets clocks in this one, which is for tools on
-            simulated GPUs: nobody resets them if it is killed.
-
-    Raises:
-        NotFoundError: The backend or a configured GPU is not there.
-        DriverError: The driver cannot be used.
-        ActuatorEndedError: The privileged process did not start; it has said why.
-    """
-    log = structlog.get_logger()
-    access_list = None if config.access is None else read_access_list(config.access)
-    identify = CallerLookup(access_list)
-    kind = "observe" if channel is not None and config.backend == "nvml" else config.backend
-    backend = make_backend(kind, config.simulated_gpus, clock)
-    try:
-        registry = CollectorRegistry()
-        metrics = DaemonMetrics(registry)
-        allowed = config.gpus or backend.uuids()
-        telemetry = Telemetry(
-            backend.read,
-            allowed,
-            clock,
-            config.telemetry,
-            when_asked=config.backend == "simulated",
-            on_request=lambda request: metrics.request_energy.observe(request.energy_joules),
-        )
-
-        def note_change(change: ClockChange) -> None:
-            metrics.count_change(change)
-            telemetry.hurry(change.gpu_uuid)
-
-        actuator: Actuator = (
-            LocalActuator(backend, allowed, clock, note_change)
-            if channel is None
-            else RemoteActuator(channel, backend, allowed, config.actuation, note_change)
-        )
-        registry.register(GpuCollector(actuator, telemetry))
-        registry.register(GpuStateCollector(actuator))
-    except BaseException:
-        backend.close()
-        raise
-    tracer = make_tracer(config.tracing)
-    policy = ReplaceableFactory(ControllerFactory(config.bundles, config.control))
-    brains = brain_factory if brain_factory is not None else policy
-    sessions = Sessions(
-        actuator=actuator,
-        telemetry=telemetry,
-        brain_factory=brains,
-        recording=RecordingPlan(config.recordings, simulated=config.backend == "simulated"),
-        # a tool that explores clocks misses limits on purpose
-        breaker=config.breaker if channel is not None else None,
-        limits=SessionLimits(
-            config.engines_limit, config.lease.minimum_seconds, config.lease.maximum_seconds
-        ),
-        metrics=metrics,
-        clock=clock,
-        new_registration_id=_new_registration_id,
-        log=log,
-        trace=tracer or no_tracing,
-    )
-    registry.register(EngineCollector(sessions.statuses))
-    servicer = ThrottleServicer(
-        sessions=sessions,
-        actuator=actuator,
-        telemetry=telemetry,
-        brain_factory=brains,
-        identify=identify,
-        limits=config.limits,
-        metrics=metrics,
-        clock=clock,
-        log=log,
-    )
-    daemon = Daemon(
-        config=config,
-        actuator=actuator,
-        telemetry=telemetry,
-        sessions=sessions,
-        brain_factory=brains,
-        servicer=servicer,
-        gate=CallGate(identify, config.limits, metrics, clock, log),
-        status_page=StatusPage(
-            actuator=actuator,
-            read=telemetry.read,
-            statuses=sessions.statuses,
-            metrics=metrics,
-            clock=clock,
-            simulated=config.backend == "simulated",
-        ),
-        registry=registry,
-        close_backend=backend.close,
-    )
-    if tracer is not None:
-        daemon.on_stop(tracer.close)
-    if read_config is not None and brain_factory is None:
-        daemon.reloader = Reloader(
-            config=config,
-            read_config=read_config,
-            config_file=config_file,
-            factory=policy,
-            identify=identify,
-            sessions=sessions,
-            metrics=metrics,
-            log=log,
-        )
-    return daemon
-
-
 def serve_until_signal(daemon: Daemon) -> int:
     """Serve until SIGTERM or SIGINT; call it from the main thread before any other is started.
 
@@ -450,7 +317,3 @@ def _bind(
         raise ConflictError(
             f"{name} {address} cannot be had; it may be in use: choose another"
         ) from None
-
-
-def _new_registration_id() -> str:
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"

@@ -238,13 +238,7 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
             reading = self._telemetry.read(uuid)
         except ActuationError as error:
             reading = error
-        return gpu_message(
-            uuid,
-            self._actuator.target_mhz(uuid),
-            self._actuator.owner(uuid),
-            reading,
-            self._telemetry.book.gpu(uuid),
-        )
+        return gpu_message(uuid, self._actuator, reading, self._telemetry.book.gpu(uuid))
 
     def _abort(self, context: grpc.ServicerContext, error: BaseException) -> NoReturn:
         code = next((code for kind, code in _CODES if isinstance(error, kind)), None)

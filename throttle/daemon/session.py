@@ -255,7 +255,7 @@ class Session:
             if self._breaker is not None and self._breaker.is_open(
                 newest.state.engine_time_seconds
             ):
-                return Decision(DEFAULT_CLOCKS, Reason.INFEASIBLE)
+                return Decision(DEFAULT_CLOCKS, Reason.BREAKER_OPEN)
             return brain.decide(newest.state)
         except Exception as error:  # noqa: BLE001 - whatever fails, the GPUs go to default clocks
             self._error = error

@@ -120,6 +120,7 @@ class StatusPage:
             "uuid": uuid,
             "name": self._actuator.name(uuid),
             "state": gpu_state(target, owner),
+            "clock_state": self._actuator.clock_state(uuid).name.lower(),
             "target_mhz": max(0, target),
             "observed_mhz": observed,
             "power_watts": power,

@@ -85,6 +85,8 @@ class _DecisionReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Decisi
     """The engine was silent longer than its lease: default clocks."""
     DECISION_REASON_EXPLORATION: _DecisionReason.ValueType  # 13
     """An exploration plan asked for this clock."""
+    DECISION_REASON_BREAKER_OPEN: _DecisionReason.ValueType  # 14
+    """Too many requests missed their limits while throttled (the SLO breaker): default clocks for a while."""
 
 class DecisionReason(_DecisionReason, metaclass=_DecisionReasonEnumTypeWrapper):
     """Why a clock was chosen."""
@@ -117,7 +119,69 @@ DECISION_REASON_LEASE_EXPIRED: DecisionReason.ValueType  # 12
 """The engine was silent longer than its lease: default clocks."""
 DECISION_REASON_EXPLORATION: DecisionReason.ValueType  # 13
 """An exploration plan asked for this clock."""
+DECISION_REASON_BREAKER_OPEN: DecisionReason.ValueType  # 14
+"""Too many requests missed their limits while throttled (the SLO breaker): default clocks for a while."""
 Global___DecisionReason: _TypeAlias = DecisionReason  # noqa: Y015
+
+class _AdmissionVerdict:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdmissionVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdmissionVerdict.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADMISSION_VERDICT_UNSPECIFIED: _AdmissionVerdict.ValueType  # 0
+    """Never sent."""
+    ADMISSION_VERDICT_ADMIT: _AdmissionVerdict.ValueType  # 1
+    """Schedule it."""
+    ADMISSION_VERDICT_HOLD: _AdmissionVerdict.ValueType  # 2
+    """Keep it in the queue."""
+    ADMISSION_VERDICT_LOST: _AdmissionVerdict.ValueType  # 3
+    """It will miss its limit at every clock."""
+
+class AdmissionVerdict(_AdmissionVerdict, metaclass=_AdmissionVerdictEnumTypeWrapper):
+    """What to do with a queued request. Advice: the service never enforces it."""
+
+ADMISSION_VERDICT_UNSPECIFIED: AdmissionVerdict.ValueType  # 0
+"""Never sent."""
+ADMISSION_VERDICT_ADMIT: AdmissionVerdict.ValueType  # 1
+"""Schedule it."""
+ADMISSION_VERDICT_HOLD: AdmissionVerdict.ValueType  # 2
+"""Keep it in the queue."""
+ADMISSION_VERDICT_LOST: AdmissionVerdict.ValueType  # 3
+"""It will miss its limit at every clock."""
+Global___AdmissionVerdict: _TypeAlias = AdmissionVerdict  # noqa: Y015
+
+class _AdmissionReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdmissionReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdmissionReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADMISSION_REASON_UNSPECIFIED: _AdmissionReason.ValueType  # 0
+    """Never sent."""
+    ADMISSION_REASON_FITS: _AdmissionReason.ValueType  # 1
+    """There is room, and every limit that is judged for it holds at the fastest clock."""
+    ADMISSION_REASON_NO_ROOM: _AdmissionReason.ValueType  # 2
+    """No slot or no KV blocks are free for it in the iterations that are planned."""
+    ADMISSION_REASON_DELAYS_OTHERS: _AdmissionReason.ValueType  # 3
+    """Its prompt would make an iteration longer than the gap between tokens that a running request may have."""
+    ADMISSION_REASON_TOO_LATE: _AdmissionReason.ValueType  # 4
+    """Its first token will come too late even at the fastest clock."""
+
+class AdmissionReason(_AdmissionReason, metaclass=_AdmissionReasonEnumTypeWrapper):
+    """Why a verdict was given."""
+
+ADMISSION_REASON_UNSPECIFIED: AdmissionReason.ValueType  # 0
+"""Never sent."""
+ADMISSION_REASON_FITS: AdmissionReason.ValueType  # 1
+"""There is room, and every limit that is judged for it holds at the fastest clock."""
+ADMISSION_REASON_NO_ROOM: AdmissionReason.ValueType  # 2
+"""No slot or no KV blocks are free for it in the iterations that are planned."""
+ADMISSION_REASON_DELAYS_OTHERS: AdmissionReason.ValueType  # 3
+"""Its prompt would make an iteration longer than the gap between tokens that a running request may have."""
+ADMISSION_REASON_TOO_LATE: AdmissionReason.ValueType  # 4
+"""Its first token will come too late even at the fastest clock."""
+Global___AdmissionReason: _TypeAlias = AdmissionReason  # noqa: Y015
 
 @_typing.final
 class BindingLimit(_message.Message):
@@ -150,6 +214,87 @@ class BindingLimit(_message.Message):
 Global___BindingLimit: _TypeAlias = BindingLimit  # noqa: Y015
 
 @_typing.final
+class AdmissionAdvice(_message.Message):
+    """Advice on one queued request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_NUMBER_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    request_number: _builtins.int
+    """The engine's number of it."""
+    verdict: Global___AdmissionVerdict.ValueType
+    """What to do."""
+    reason: Global___AdmissionReason.ValueType
+    """Why."""
+    first_token_seconds: _builtins.float
+    """From now to its first token at the fastest clock, by the calibrated upper bound, seconds; unset while no planned
+    iteration has room for it.
+    """
+    def __init__(
+        self,
+        *,
+        request_number: _builtins.int = ...,
+        verdict: Global___AdmissionVerdict.ValueType = ...,
+        reason: Global___AdmissionReason.ValueType = ...,
+        first_token_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_seconds", b"_first_token_seconds", "first_token_seconds", b"first_token_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_seconds", b"_first_token_seconds", "first_token_seconds", b"first_token_seconds", "reason", b"reason", "request_number", b"request_number", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_token_seconds: _TypeAlias = _typing.Literal["first_token_seconds"]  # noqa: Y015
+    _WhichOneofArgType__first_token_seconds: _TypeAlias = _typing.Literal["_first_token_seconds", b"_first_token_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_seconds) -> _WhichOneofReturnType__first_token_seconds | None: ...
+
+Global___AdmissionAdvice: _TypeAlias = AdmissionAdvice  # noqa: Y015
+
+@_typing.final
+class Advice(_message.Message):
+    """Advice on what the service does not decide; comes with every decision about work if the registration asked for it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADMISSIONS_FIELD_NUMBER: _builtins.int
+    LOAD_HEADROOM_RATIO_FIELD_NUMBER: _builtins.int
+    LEAST_GPUS_COUNT_FIELD_NUMBER: _builtins.int
+    load_headroom_ratio: _builtins.float
+    """Share by which the load may grow before the fastest allowed clock carries it no more; below 0 it is too much already.
+    Unset while the load is not known.
+    """
+    least_gpus_count: _builtins.int
+    """GPUs of the smallest parallel size that carries the load at its fastest clock; unset while the load is not known, and
+    where no size that there is a bundle for carries it.
+    """
+    @_builtins.property
+    def admissions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdmissionAdvice]:
+        """One per queued request, in the order of the queue."""
+
+    def __init__(
+        self,
+        *,
+        admissions: _abc.Iterable[Global___AdmissionAdvice] | None = ...,
+        load_headroom_ratio: _builtins.float | None = ...,
+        least_gpus_count: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_least_gpus_count", b"_least_gpus_count", "_load_headroom_ratio", b"_load_headroom_ratio", "least_gpus_count", b"least_gpus_count", "load_headroom_ratio", b"load_headroom_ratio"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_least_gpus_count", b"_least_gpus_count", "_load_headroom_ratio", b"_load_headroom_ratio", "admissions", b"admissions", "least_gpus_count", b"least_gpus_count", "load_headroom_ratio", b"load_headroom_ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__least_gpus_count: _TypeAlias = _typing.Literal["least_gpus_count"]  # noqa: Y015
+    _WhichOneofArgType__least_gpus_count: _TypeAlias = _typing.Literal["_least_gpus_count", b"_least_gpus_count"]  # noqa: Y015
+    _WhichOneofReturnType__load_headroom_ratio: _TypeAlias = _typing.Literal["load_headroom_ratio"]  # noqa: Y015
+    _WhichOneofArgType__load_headroom_ratio: _TypeAlias = _typing.Literal["_load_headroom_ratio", b"_load_headroom_ratio"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__least_gpus_count) -> _WhichOneofReturnType__least_gpus_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__load_headroom_ratio) -> _WhichOneofReturnType__load_headroom_ratio | None: ...
+
+Global___Advice: _TypeAlias = Advice  # noqa: Y015
+
+@_typing.final
 class Decision(_message.Message):
     """The service's answer to one state."""
 
@@ -169,6 +314,7 @@ class Decision(_message.Message):
     DECISION_DURATION_SECONDS_FIELD_NUMBER: _builtins.int
     PREDICTED_DEFAULT_POWER_WATTS_FIELD_NUMBER: _builtins.int
     PREDICTED_DEFAULT_ITERATION_SECONDS_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
     sequence_number: _builtins.int
     """The state that this answers; states that a newer one overtook are answered by the newer one's."""
     target_clock_mhz: _builtins.int
@@ -199,6 +345,10 @@ class Decision(_message.Message):
     def binding_limit(self) -> Global___BindingLimit:
         """The limit that binds; unset when none does."""
 
+    @_builtins.property
+    def advice(self) -> Global___Advice:
+        """Unset unless the registration asked for it."""
+
     def __init__(
         self,
         *,
@@ -216,10 +366,11 @@ class Decision(_message.Message):
         decision_duration_seconds: _builtins.float = ...,
         predicted_default_power_watts: _builtins.float = ...,
         predicted_default_iteration_seconds: _builtins.float = ...,
+        advice: Global___Advice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["binding_limit", b"binding_limit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "binding_limit", b"binding_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "applied_clock_mhz", b"applied_clock_mhz", "binding_limit", b"binding_limit", "cruise_clock_mhz", b"cruise_clock_mhz", "decision_duration_seconds", b"decision_duration_seconds", "lost_requests_count", b"lost_requests_count", "predicted_default_iteration_seconds", b"predicted_default_iteration_seconds", "predicted_default_power_watts", b"predicted_default_power_watts", "predicted_iteration_seconds", b"predicted_iteration_seconds", "predicted_iteration_upper_seconds", b"predicted_iteration_upper_seconds", "predicted_power_watts", b"predicted_power_watts", "reason", b"reason", "sequence_number", b"sequence_number", "target_clock_mhz", b"target_clock_mhz"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "applied", b"applied", "applied_clock_mhz", b"applied_clock_mhz", "binding_limit", b"binding_limit", "cruise_clock_mhz", b"cruise_clock_mhz", "decision_duration_seconds", b"decision_duration_seconds", "lost_requests_count", b"lost_requests_count", "predicted_default_iteration_seconds", b"predicted_default_iteration_seconds", "predicted_default_power_watts", b"predicted_default_power_watts", "predicted_iteration_seconds", b"predicted_iteration_seconds", "predicted_iteration_upper_seconds", b"predicted_iteration_upper_seconds", "predicted_power_watts", b"predicted_power_watts", "reason", b"reason", "sequence_number", b"sequence_number", "target_clock_mhz", b"target_clock_mhz"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -347,6 +347,7 @@ class EngineRegistration(_message.Message):
     DEFAULT_SLOS_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     LEASE_TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
+    WANTS_ADVICE_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """Unique among the engines of this service; 1 to 128 characters."""
     engine_name: _builtins.str
@@ -359,6 +360,8 @@ class EngineRegistration(_message.Message):
     """What the service may do."""
     lease_timeout_seconds: _builtins.float
     """Longest silence before the GPUs return to default clocks. Seconds, 0.1 to 60; 0 means 5."""
+    wants_advice: _builtins.bool
+    """Send advice on queued requests and on size with every decision."""
     @_builtins.property
     def model(self) -> Global___ModelDescriptor:
         """The model served."""
@@ -393,10 +396,11 @@ class EngineRegistration(_message.Message):
         default_slos: Global___ServiceLevelObjectives | None = ...,
         mode: Global___ControlMode.ValueType = ...,
         lease_timeout_seconds: _builtins.float = ...,
+        wants_advice: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_slos", b"default_slos", "limits", b"limits", "model", b"model", "parallelism", b"parallelism"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_slos", b"default_slos", "engine_id", b"engine_id", "engine_name", b"engine_name", "engine_version", b"engine_version", "gpu_uuids", b"gpu_uuids", "lease_timeout_seconds", b"lease_timeout_seconds", "limits", b"limits", "mode", b"mode", "model", b"model", "parallelism", b"parallelism", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_slos", b"default_slos", "engine_id", b"engine_id", "engine_name", b"engine_name", "engine_version", b"engine_version", "gpu_uuids", b"gpu_uuids", "lease_timeout_seconds", b"lease_timeout_seconds", "limits", b"limits", "mode", b"mode", "model", b"model", "parallelism", b"parallelism", "role", b"role", "wants_advice", b"wants_advice"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

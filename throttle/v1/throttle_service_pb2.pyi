@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from throttle.v1 import decision_pb2 as _decision_pb2
 from throttle.v1 import engine_pb2 as _engine_pb2
 import builtins as _builtins
@@ -19,6 +20,46 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ClockState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ClockStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ClockState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CLOCK_STATE_UNSPECIFIED: _ClockState.ValueType  # 0
+    """Nothing: a write has failed, or is under way."""
+    CLOCK_STATE_DEFAULT: _ClockState.ValueType  # 1
+    """At default clocks as far as this service goes."""
+    CLOCK_STATE_REQUESTED: _ClockState.ValueType  # 2
+    """The driver took the target; it has not been seen at work yet, as while the GPU is idle."""
+    CLOCK_STATE_CONVERGED: _ClockState.ValueType  # 3
+    """Read back under load: at the target."""
+    CLOCK_STATE_CAPPED: _ClockState.ValueType  # 4
+    """Read back under load: below the target, as a power or temperature limit does."""
+    CLOCK_STATE_DRIFTED: _ClockState.ValueType  # 5
+    """Read back above the target: another agent has changed it, or the lock was lost."""
+    CLOCK_STATE_UNSUPPORTED: _ClockState.ValueType  # 6
+    """It cannot be set here: no permission, MIG, not supported, or only observed."""
+
+class ClockState(_ClockState, metaclass=_ClockStateEnumTypeWrapper):
+    """What is known of a GPU's clock against what was asked for."""
+
+CLOCK_STATE_UNSPECIFIED: ClockState.ValueType  # 0
+"""Nothing: a write has failed, or is under way."""
+CLOCK_STATE_DEFAULT: ClockState.ValueType  # 1
+"""At default clocks as far as this service goes."""
+CLOCK_STATE_REQUESTED: ClockState.ValueType  # 2
+"""The driver took the target; it has not been seen at work yet, as while the GPU is idle."""
+CLOCK_STATE_CONVERGED: ClockState.ValueType  # 3
+"""Read back under load: at the target."""
+CLOCK_STATE_CAPPED: ClockState.ValueType  # 4
+"""Read back under load: below the target, as a power or temperature limit does."""
+CLOCK_STATE_DRIFTED: ClockState.ValueType  # 5
+"""Read back above the target: another agent has changed it, or the lock was lost."""
+CLOCK_STATE_UNSUPPORTED: ClockState.ValueType  # 6
+"""It cannot be set here: no permission, MIG, not supported, or only observed."""
+Global___ClockState: _TypeAlias = ClockState  # noqa: Y015
 
 @_typing.final
 class StreamIterationsRequest(_message.Message):
@@ -372,6 +413,8 @@ class GpuStatus(_message.Message):
     CLOCK_EVENT_REASONS_FIELD_NUMBER: _builtins.int
     POWER_SCOPE_FIELD_NUMBER: _builtins.int
     READING_PROBLEM_FIELD_NUMBER: _builtins.int
+    CLOCK_STATE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
     gpu_uuid: _builtins.str
     """UUID."""
     target_clock_mhz: _builtins.int
@@ -392,6 +435,10 @@ class GpuStatus(_message.Message):
     """What the power covers: "gpu", "module" (GPU and CPU of a superchip) or "none"."""
     reading_problem: _builtins.str
     """Why there is no fresh reading; empty when there is. Clock, power and what follows are 0 or unset then."""
+    clock_state: Global___ClockState.ValueType
+    """What became of the clock asked for."""
+    problem: _builtins.str
+    """Why the GPU cannot be relied on, as a driver call that hangs; empty when nothing is wrong."""
     @_builtins.property
     def clock_event_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Why the clock is not higher, in lower case, such as "power_cap"; no driver says that a lock holds it."""
@@ -410,10 +457,12 @@ class GpuStatus(_message.Message):
         clock_event_reasons: _abc.Iterable[_builtins.str] | None = ...,
         power_scope: _builtins.str = ...,
         reading_problem: _builtins.str = ...,
+        clock_state: Global___ClockState.ValueType = ...,
+        problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature_celsius", b"_temperature_celsius", "temperature_celsius", b"temperature_celsius"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature_celsius", b"_temperature_celsius", "clock_event_reasons", b"clock_event_reasons", "energy_joules", b"energy_joules", "engine_id", b"engine_id", "gpu_uuid", b"gpu_uuid", "observed_clock_mhz", b"observed_clock_mhz", "power_scope", b"power_scope", "power_watts", b"power_watts", "reading_problem", b"reading_problem", "target_clock_mhz", b"target_clock_mhz", "temperature_celsius", b"temperature_celsius", "unattributed_energy_joules", b"unattributed_energy_joules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature_celsius", b"_temperature_celsius", "clock_event_reasons", b"clock_event_reasons", "clock_state", b"clock_state", "energy_joules", b"energy_joules", "engine_id", b"engine_id", "gpu_uuid", b"gpu_uuid", "observed_clock_mhz", b"observed_clock_mhz", "power_scope", b"power_scope", "power_watts", b"power_watts", "problem", b"problem", "reading_problem", b"reading_problem", "target_clock_mhz", b"target_clock_mhz", "temperature_celsius", b"temperature_celsius", "unattributed_energy_joules", b"unattributed_energy_joules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__temperature_celsius: _TypeAlias = _typing.Literal["temperature_celsius"]  # noqa: Y015
     _WhichOneofArgType__temperature_celsius: _TypeAlias = _typing.Literal["_temperature_celsius", b"_temperature_celsius"]  # noqa: Y015

@@ -124,7 +124,7 @@ class Daemon:
             self.folder / "daemon.log",
         )  # fmt: skip
         until(
-            lambda: answers(f"http://127.0.0.1:{self.metrics_port}/metrics"),
+            lambda: answers(f"http://127.0.0.1:{self.metrics_port}/readyz"),
             "daemon",
             processes=[self.process.popen],
         )
@@ -201,10 +201,10 @@ _SIZES = {
 }
 
 
-def make_model(folder, name):
+def make_model(folder, name, **sizes):
     """A tiny MoE model: its shape and a tokenizer of 512 words; the engine draws its weights."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(_SIZES | _MODELS[name]))
+    (folder / "config.json").write_text(json.dumps(_SIZES | _MODELS[name] | sizes))
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, 512)}
     tokenizer = {
         "version": "1.0",
@@ -258,7 +258,7 @@ class VllmServer:
         self.adapter = ""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._benches_count = 0
+        self._benches = []
         self.process = Process(
             [
                 self.python, "-m", "vllm.entrypoints.openai.api_server",
@@ -280,8 +280,7 @@ class VllmServer:
 
     def bench(self, *arguments, prompts=200, rate=20, output_tokens=24, folder=None):
         """Start `vllm bench serve` with random prompts of 40 to 360 tokens."""
-        self._benches_count += 1
-        result = self.folder / f"bench-{self._benches_count}.json"
+        result = self.folder / f"bench-{len(self._benches)}.json"
         script = self.folder / "bench.py"
         script.write_text(_BENCH)
         process = Process(
@@ -296,6 +295,7 @@ class VllmServer:
             self.folder / "bench.log",
             **_QUIET,
         )  # fmt: skip
+        self._benches.append(process)
         return Bench(process, result)
 
     def complete(self, prompt, tokens, **headers):
@@ -314,7 +314,8 @@ class VllmServer:
         return self.process.text().count(": Iteration(") or None
 
     def stop(self):
-        self.process.stop()
+        for process in [*self._benches, self.process]:
+            process.stop()
 
 
 class Bench:

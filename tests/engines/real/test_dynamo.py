@@ -151,6 +151,10 @@ def test_every_pass_of_the_mocker_reaches_the_daemon(tmp_path, dynamo, daemon):
         assert (records.iteration_duration_seconds > 0).all()
         assert " 0 missed, 0 left out" in bridge.text()
         assert " 0 dropped" in bridge.text()
+        print(
+            f"{len(records)} passes received, none missed; {REQUESTS} requests, {prefilled:.0f} "
+            f"prompt tokens and {generated} output tokens on both sides"
+        )
     finally:
         bridge.stop()
 

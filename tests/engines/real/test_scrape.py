@@ -50,6 +50,11 @@ def test_scraped_states_hold_the_servers_own_counts(tmp_path, vllm_environment, 
             "vllm:prefix_cache_hits_total"
         )
         assert "0 dropped" in bridge.text()
+        print(
+            f"{ran:.0f} iterations run, {status.states_count} received; {firsts:.0f} requests, "
+            f"{records.sum_prefill_tokens.sum():.0f} prompt tokens computed, "
+            f"{delta('vllm:generation_tokens_total'):.0f} output tokens on both sides"
+        )
     finally:
         if bridge is not None:
             bridge.stop()

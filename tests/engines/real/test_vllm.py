@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import grpc
 import pyarrow.parquet
 import pytest
 
 from tests.engines.real.processes import GPU_UUID, VllmServer, make_model, until
-from throttle.v1 import engine_pb2
+from tests.test_hostile_daemon import RawListener
+from throttle.v1 import (
+    decision_pb2,
+    engine_pb2,
+    throttle_service_pb2,
+    throttle_service_pb2_grpc,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
@@ -17,7 +30,54 @@ ADAPTERS = {
     "scheduler": ("--scheduler-cls", "throttle.engines.vllm_scheduler.ThrottleScheduler"),
 }
 REQUESTS = 200
+LATE_SECONDS = 10.0
 PROBLEMS = re.compile(r"Traceback|ERROR|throttle adapter failed|throttle is off")
+
+
+class LateDaemon(throttle_service_pb2_grpc.ThrottleServiceServicer):
+    """Accepts, reads, and answers each state ten seconds later."""
+
+    def __init__(self, path):
+        self.connections_count = self.answers_count = 0
+        self._server = grpc.server(ThreadPoolExecutor(8))
+        throttle_service_pb2_grpc.add_ThrottleServiceServicer_to_server(self, self._server)
+        self._server.add_insecure_port(f"unix:{path}")
+        self._server.start()
+
+    def StreamIterations(self, requests, context):  # noqa: N802 - the protocol's name
+        next(requests)
+        self.connections_count += 1
+        accepted = throttle_service_pb2.RegistrationAccepted(registration_id="late")
+        yield throttle_service_pb2.StreamIterationsResponse(accepted=accepted)
+        ended = threading.Event()
+        context.add_callback(ended.set)
+        read = queue.SimpleQueue()
+        reader = threading.Thread(target=_read_all, args=(requests, read), daemon=True)
+        reader.start()
+        while not ended.is_set():
+            with contextlib.suppress(queue.Empty):
+                number, read_seconds = read.get(timeout=0.1)
+                ended.wait(LATE_SECONDS - (time.monotonic() - read_seconds))
+                decision = decision_pb2.Decision(sequence_number=number, target_clock_mhz=900)
+                yield throttle_service_pb2.StreamIterationsResponse(decision=decision)
+                self.answers_count += 1
+
+    def close(self):
+        self._server.stop(0).wait()
+
+
+def _read_all(requests, read):
+    with contextlib.suppress(grpc.RpcError):
+        for request in requests:
+            read.put((request.state.sequence_number, time.monotonic()))
+
+
+HOSTILE = {
+    "wrong bytes": lambda path: RawListener(path, lambda c: c.sendall(b"\x00\xff" * 4096)),
+    "closes": lambda path: RawListener(path, lambda c: c.close()),
+    "never answers": lambda path: RawListener(path, lambda c: None),
+    "answers ten seconds late": LateDaemon,
+}
 
 
 def serve(folder, model, adapter, daemon):
@@ -48,7 +108,7 @@ def served(request, tmp_path, vllm_environment, daemon):
     try:
         server.wait()
         until(daemon.engine_status, "registration", 30.0)
-        server.adapter = adapter
+        server.adapter, server.name = adapter, f"{adapter}, {model}"
         yield server
     finally:
         server.stop()
@@ -62,6 +122,11 @@ def test_every_iteration_request_and_token_reaches_the_daemon_and_is_answered(se
     ran = until(served.iterations_count, "iterations in vLLM's log", 10.0)
     truth = served.metrics()
     status = until(lambda: _settled(daemon), "an answer to every state", 30.0)
+    metrics = daemon.metrics()
+    daemon_counts = {
+        "states": metrics["throttle_iterations_received_total"],
+        "answers": metrics["throttle_decisions_total"],
+    }
     # of plans the newest alone is sent; completed iterations are counted one by one below
     assert status.last_decision.sequence_number >= status.states_count >= ran
     assert not PROBLEMS.search(served.process.text())
@@ -85,6 +150,11 @@ def test_every_iteration_request_and_token_reaches_the_daemon_and_is_answered(se
     assert generated == truth["vllm:generation_tokens_total"]
     assert completed.iteration_duration_seconds.between(1e-5, 5.0).all()
     _assert_told_before_its_first_iteration(served, status, records, events)
+    print(
+        f"{served.name}: {ran} iterations run, {len(completed)} received; {requests} requests, "
+        f"{prompts} prompt tokens and {generated} output tokens on both sides; "
+        f"{daemon_counts['states']:.0f} states, {daemon_counts['answers']:.0f} answers"
+    )
 
 
 def _assert_told_before_its_first_iteration(served, status, records, events):
@@ -122,6 +192,34 @@ def test_a_daemon_killed_and_restarted_costs_no_request_and_no_iteration(served,
     assert truth["vllm:request_success_total"] == 2 * REQUESTS
     assert measured["total_output_tokens"] == truth["vllm:generation_tokens_total"]
     assert not PROBLEMS.search(served.process.text())
+    print(
+        f"{served.name}, daemon killed and restarted: {2 * REQUESTS} requests, 0 failed; "
+        f"{served.iterations_count()} iterations, more than 200 of them without a daemon; "
+        f"{_states(daemon)} states to the second daemon"
+    )
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_hostile_daemons_cost_no_request_and_no_iteration(tmp_path, vllm_environment, adapter):
+    """One vLLM, and at its daemon's address one after the other."""
+    path = tmp_path / "throttle.sock"
+    server = serve(tmp_path, "qwen3-moe", adapter, SimpleNamespace(target=f"unix:{path}"))
+    try:
+        server.wait()
+        for name, listen in HOSTILE.items():
+            with contextlib.closing(listen(path)) as listener:
+                until(lambda: listener.connections_count, name, 60.0)
+                before = server.iterations_count() or 0
+                measured = server.bench(prompts=REQUESTS // 2).finish()
+                assert (measured["completed"], measured["failed"]) == (REQUESTS // 2, 0), name
+                iterations = server.iterations_count() - before
+                if isinstance(listener, LateDaemon):
+                    until(lambda: listener.answers_count, "a late answer", 2 * LATE_SECONDS)
+            path.unlink(missing_ok=True)
+            print(f"{adapter}, {name}: {REQUESTS // 2} requests, 0 failed; {iterations} iterations")
+        assert not PROBLEMS.search(server.process.text())
+    finally:
+        server.stop()
 
 
 def _settled(daemon):

@@ -63,11 +63,13 @@ function fill(id, columns, rows, empty) {
 }
 
 const STATES = {throttled: "good", left_throttled: "bad", unknown: "bad", default: "soft"};
+const READ_BACK = {converged: "good", capped: "warn", drifted: "bad", unknown: "bad"};
 const GPU_COLUMNS = [
   ["GPU", (gpu) => gpu.uuid, "name"],
   ["Model", (gpu) => gpu.name],
   ["State", (gpu) => [words(gpu.state), STATES[gpu.state]]],
   ["Target", (gpu) => clock(gpu.target_mhz), "number"],
+  ["Read back", (gpu) => [words(gpu.clock_state), READ_BACK[gpu.clock_state] ?? "soft"]],
   ["Runs at", (gpu) => gpu.observed_mhz === null ? none : number(gpu.observed_mhz) + " MHz", "number"],
   ["Clock, last minutes", (gpu) => sparkline(history.get(gpu.uuid))],
   ["Power", (gpu) => gpu.power_watts === null ? none : number(gpu.power_watts) + " W", "number"],

@@ -88,7 +88,9 @@ more than tails. Nothing here needs a GPU; the engines are simulated, and no two
 State in, decision out: the shipped bundle of Qwen3-30B-A3B on one H200, latency and power at every clock, limits that bind. Paced means that
 a decision comes each {1e3 * _pace(decision):g} ms, when caches have gone cold.
 
-{_table(("case", "requests", "clocks", "pace", "p50", "p99", "p99.9", "samples"), map(_row, decision))}
+{_table(("case", "requests", "clocks", "pace", "p50", "p99", "p99.9", "processor p50", "processor p99", "samples"), map(_row, decision))}
+
+*Processor* is the time of the thread on its processor, without the turns that others took in between.
 
 Median of each step, back to back, with a stopwatch around it (which adds a little); *decide* holds projection and forecast, *forecast* the
 steps below it, *observe* the scoreboard:
@@ -160,7 +162,8 @@ def _quantiles(result: dict[str, Any]) -> str:
 def _row(result: dict[str, Any]) -> str:
     return (
         f"| {result['case']} | {result['requests_count']} | {result['clocks_count']} "
-        f"| {_paced(result)} | {_quantiles(result)} | {result['samples_count']} |"
+        f"| {_paced(result)} | {_quantiles(result)} | {1e6 * result['processor_p50_seconds']:.0f} "
+        f"| {1e6 * result['processor_p99_seconds']:.0f} | {result['samples_count']} |"
     )
 
 

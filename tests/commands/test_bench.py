@@ -51,6 +51,7 @@ def test_decisions_are_timed_back_to_back_and_paced_with_the_share_of_each_step(
     assert "parsing" not in steps
     assert results[1]["step_p50_seconds"]["parsing"] > 0.0
     assert results[0]["allocated_bytes"] > 0
+    assert all(0.0 < each["processor_p50_seconds"] < 1.0 for each in results)
 
 
 def test_echoes_are_timed_by_both_servers_for_each_number_of_engines(tmp_path):
@@ -101,9 +102,9 @@ def test_quantiles_are_those_of_the_samples():
 
 def test_every_call_is_made_once():
     called = []
-    seconds = time_calls([lambda: called.append(1), lambda: called.append(2)], 0.0)
+    times = time_calls([lambda: called.append(1), lambda: called.append(2)], 0.0)
     assert called == [1, 2]
-    assert len(seconds) == 2
+    assert len(times.seconds) == len(times.processor_seconds) == 2
 
 
 @pytest.mark.parametrize("count", [8, 16, 24, 32, 64, 128])

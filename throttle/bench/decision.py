@@ -57,13 +57,14 @@ def _timed(
     engine = DecidingEngine(recorded, predictor, parsed=case == "decision with parsing")
     engine.settle()
     with settled_collector():
-        seconds = time_calls(engine.calls(), pacing_seconds)
-    more: dict[str, Any] = {}
+        times = time_calls(engine.calls(), pacing_seconds)
+    p50, p99 = (float(each) for each in np.quantile(times.processor_seconds, (0.5, 0.99)))
+    more: dict[str, Any] = {"processor_p50_seconds": p50, "processor_p99_seconds": p99}
     if not pacing_seconds:
-        more = _instrumented(recorded, predictor, parsed=case == "decision with parsing")
+        more |= _instrumented(recorded, predictor, parsed=case == "decision with parsing")
     return Result.of(
         case,
-        seconds,
+        times.seconds,
         requests_count=requests_count,
         clocks_count=len(predictor.clocks_mhz),
         pacing_seconds=pacing_seconds,

@@ -169,6 +169,9 @@ def _line(result: Result) -> str:
     engines = result.more.get("engines_count")
     at_once = f"{engines} engines, " if engines else ""
     text = f"{result.case}, {at_once}{result.requests_count} requests, {paced}: {figures} us"
+    if "processor_p99_seconds" in result.more:
+        processor = (1e6 * result.more[f"processor_{name}_seconds"] for name in ("p50", "p99"))
+        text += "; of the processor p50 {:.0f} p99 {:.0f}".format(*processor)
     for step, seconds in result.more.get("step_p50_seconds", {}).items():
         text += f"\n    {step} {seconds * 1e6:.1f} us"
     return text

@@ -154,7 +154,8 @@ def test_loading_takes_the_sweep_and_says_so(bundle, tmp_path):
 
 
 def test_loading_without_numba_falls_back_and_says_so(bundle, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "predictors.sweep")
+    for name in ("sweep", "compiled_features", "elementary", "compiling"):
+        monkeypatch.delitem(sys.modules, f"predictors.{name}")
     monkeypatch.setitem(sys.modules, "numba", None)
     predictor = load_predictor(save(bundle, tmp_path))
     assert isinstance(predictor, XGBoostPredictor)

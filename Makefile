@@ -4,7 +4,7 @@ BIN := .venv/bin
 SHELL := /bin/bash
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-slow test-safety test-container test-soak test-threats test-gpu bench-vllm test-vllm test-scrape test-dynamo metrics-page audit sbom screenshots lint types check format proto proto-environment lock models results clean
+.PHONY: help demo bench performance test test-slow test-safety test-container test-soak test-threats test-gpu bench-vllm test-vllm test-scrape test-dynamo metrics-page audit sbom screenshots lint types check format proto proto-environment lock models results clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -133,6 +133,12 @@ model-%: .stamp-run
 
 results: .stamp-run  ## play what is missing of docs/results.md and write its tables (long; resumable)
 	$(BIN)/python scripts/results.py --bundles models
+
+bench: .stamp-run  ## fail if a decision has become slower, measured in a fixed computation
+	$(BIN)/throttle bench guard --samples 1000
+
+performance: .stamp-run  ## measure what a decision costs on this machine and write docs/performance.md (minutes)
+	$(BIN)/python scripts/performance_page.py
 
 clean:  ## remove what make made
 	rm -rf .venv .venv-proto .stamp-* out .mypy_cache .ruff_cache .hypothesis build dist

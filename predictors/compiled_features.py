@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from predictors.active_experts import LOG_TABLE_TOKENS, TABLE_TOKENS
 from predictors.analytic import (
@@ -17,6 +16,7 @@ from predictors.analytic import (
     SECONDS_PER_SEQUENCE,
     TERMS,
 )
+from predictors.elementary import compiled
 from predictors.prediction import SHAPE_COLUMNS
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class CompiledFeatures:
         return features, weighed[: self._parts_count], weighed[self._parts_count :]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _build(
     shapes: NDArray[np.float64],
     constants: NDArray[np.float64],

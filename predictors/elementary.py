@@ -8,16 +8,20 @@ a few units in the last place.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
+
+from predictors.compiling import compiler, sources_digest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: A product and a sum may be rounded once instead of twice; nothing else is taken lightly.
-_FUSED = {"contract"}
+#: For what is compiled in this folder.
+_DIGEST = sources_digest([Path(__file__).parent])
+compiled = compiler(_DIGEST)
+fused = compiler(_DIGEST, fused=True)
 #: Bits of 1.0 times 4/3, less what makes the worst first guess of x^(-1/3) 3 % off.
 _INVERSE_CUBE_ROOT_BITS = 6142909891733356544
 _THIRD = 1.0 / 3.0
@@ -29,7 +33,7 @@ _EXPONENT_BIAS, _MANTISSA_BITS = 1023, 52
 _TAYLOR = tuple(1.0 / math.factorial(n) for n in range(12, -1, -1))
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath=_FUSED)
+@fused
 def cube_roots(
     values: NDArray[np.float64],
     bits: NDArray[np.int64],
@@ -58,7 +62,7 @@ def cube_roots(
         roots[index] = value * root * root
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath=_FUSED)
+@fused
 def exponentials(
     values: NDArray[np.float64],
     bits: NDArray[np.int64],

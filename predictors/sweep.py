@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from numba import njit
 
 from predictors.calibration import phases_of
 from predictors.compiled_features import CompiledFeatures
-from predictors.elementary import exponentials
+from predictors.elementary import compiled, exponentials
 from predictors.errors import BundleError
 from predictors.features import CLOCK_FEATURE, FeatureSpace
 from predictors.prediction import Prediction
@@ -230,7 +229,7 @@ class SweepPredictor(BundlePredictor):
         return prediction
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _covers(
     shapes: NDArray[np.float64],
     lowest: NDArray[np.float64],
@@ -251,7 +250,7 @@ def _covers(
         inside[row] = covered
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _predict(
     features: NDArray[np.float32],
     parts: NDArray[np.float64],
@@ -295,7 +294,7 @@ def _predict(
         )
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _sweep(
     features: NDArray[np.float32],
     first: int,
@@ -364,7 +363,7 @@ def _sweep(
             out[clock, row] += out[clock - 1, row]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _finish_latency(
     latency: NDArray[np.float64],
     upper: NDArray[np.float64],
@@ -399,7 +398,7 @@ def _finish_latency(
             upper[at, clock] = slowest_bound
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _finish_power(
     power: NDArray[np.float64],
     latency: NDArray[np.float64],

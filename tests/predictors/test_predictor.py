@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import xgboost
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from predictors.bundle import Bundle
+from predictors.bundle import Bundle, load_bundle
 from predictors.errors import BundleError, PredictorsError
 from predictors.features import FEATURES
 from predictors.predictor import XGBoostPredictor, load_predictor
@@ -18,6 +19,7 @@ from predictors.training import save
 
 sweep = pytest.importorskip("predictors.sweep", reason="numba is an optional extra")
 
+MODELS = Path(__file__).resolve().parents[2] / "models"
 ANY_SHAPES = st.lists(
     st.tuples(
         st.floats(0.0, 8.0),
@@ -68,6 +70,32 @@ def test_sweep_agrees_on_rows_like_those_of_training(predictors, invented):
     fast, plain = (predictor.predict(shapes) for predictor in predictors)
     np.testing.assert_allclose(fast.latency_seconds, plain.latency_seconds, rtol=1e-5)
     np.testing.assert_allclose(fast.power_watts, plain.power_watts, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["h200-sxm__qwen3-30b-a3b__tp1ep1", "h100-sxm__mixtral-8x7b__tp2ep1"],
+)
+def test_sweep_of_a_shipped_bundle_agrees_on_a_hundred_thousand_random_rows(invented, name):
+    bundle = load_bundle(MODELS / name)
+    shapes = invented.random_shapes(np.random.default_rng(13), 1000)
+    fast, plain = sweep.SweepPredictor(bundle), XGBoostPredictor(bundle)
+    assert len(shapes) * len(fast.clocks_mhz) >= 100_000
+    ours, theirs = fast.predict(shapes), plain.predict(shapes)
+    np.testing.assert_allclose(ours.latency_seconds, theirs.latency_seconds, rtol=1e-5)
+    np.testing.assert_allclose(ours.latency_upper_seconds, theirs.latency_upper_seconds, rtol=1e-5)
+    np.testing.assert_allclose(ours.power_watts, theirs.power_watts, rtol=1e-5)
+    np.testing.assert_array_equal(fast.covers(shapes), plain.covers(shapes))
+
+
+def test_features_are_built_alike_by_compiled_code_and_by_the_definition(predictors, invented):
+    fast = predictors[0]
+    shapes = invented.random_shapes(np.random.default_rng(14), 300)
+    features, parts, work = fast._features.build(shapes)
+    expected, terms = fast.space.build(shapes)
+    np.testing.assert_allclose(features, expected, rtol=1e-6)
+    np.testing.assert_allclose(parts, fast._base.parts(terms), rtol=1e-12)
+    np.testing.assert_allclose(work, fast._power_base.work(terms), rtol=1e-12)
 
 
 def test_predictions_are_close_to_the_truth(predictors, invented):
@@ -126,7 +154,8 @@ def test_loading_takes_the_sweep_and_says_so(bundle, tmp_path):
 
 
 def test_loading_without_numba_falls_back_and_says_so(bundle, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "predictors.sweep")
+    for name in ("sweep", "compiled_features", "elementary", "compiling"):
+        monkeypatch.delitem(sys.modules, f"predictors.{name}")
     monkeypatch.setitem(sys.modules, "numba", None)
     predictor = load_predictor(save(bundle, tmp_path))
     assert isinstance(predictor, XGBoostPredictor)

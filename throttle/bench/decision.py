@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import tracemalloc
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -55,16 +54,17 @@ def _timed(
     requests_count: int,
     pacing_seconds: float,
 ) -> Result:
-    engine = _Engine(recorded, predictor, parsed=case == "decision with parsing")
+    engine = DecidingEngine(recorded, predictor, parsed=case == "decision with parsing")
     engine.settle()
     with settled_collector():
-        seconds = time_calls(engine.calls(), pacing_seconds)
-    more: dict[str, Any] = {}
+        times = time_calls(engine.calls(), pacing_seconds)
+    p50, p99 = (float(each) for each in np.quantile(times.processor_seconds, (0.5, 0.99)))
+    more: dict[str, Any] = {"processor_p50_seconds": p50, "processor_p99_seconds": p99}
     if not pacing_seconds:
-        more = _instrumented(recorded, predictor, parsed=case == "decision with parsing")
+        more |= _instrumented(recorded, predictor, parsed=case == "decision with parsing")
     return Result.of(
         case,
-        seconds,
+        times.seconds,
         requests_count=requests_count,
         clocks_count=len(predictor.clocks_mhz),
         pacing_seconds=pacing_seconds,
@@ -72,7 +72,7 @@ def _timed(
     )
 
 
-class _Engine:
+class DecidingEngine:
     """A controller of its own and the states that it is to decide on, each once.
 
     Args:
@@ -81,7 +81,9 @@ class _Engine:
         parsed: Start from messages as they come off the wire.
     """
 
-    def __init__(self, recorded: Recorded, predictor: BundlePredictor, *, parsed: bool) -> None:
+    def __init__(
+        self, recorded: Recorded, predictor: BundlePredictor, *, parsed: bool = False
+    ) -> None:
         self._recorded = recorded
         self._controller = Controller(recorded.profile, predictor, ControlSettings())
         self._reader = StateReader(recorded.profile)
@@ -115,11 +117,6 @@ def _parse(wire: bytes) -> engine_pb2.IterationState:
     return engine_pb2.IterationState.FromString(wire)
 
 
-@dataclass(slots=True)
-class _Step:
-    seconds: list[float] = field(default_factory=list)
-
-
 def _instrumented(
     recorded: Recorded, predictor: BundlePredictor, *, parsed: bool
 ) -> dict[str, Any]:
@@ -136,14 +133,14 @@ def _instrumented(
         "decide": (Controller, "decide"),
         **({"parsing": (StateReader, "read")} if parsed else {}),
     }
-    engine = _Engine(recorded, predictor, parsed=parsed)
+    engine = DecidingEngine(recorded, predictor, parsed=parsed)
     engine.settle()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     with _stopwatches(steps, seconds):
         for call, _ in zip(engine.calls(), range(_INSTRUMENTED_COUNT), strict=False):
             call()
     medians = {name: float(np.median(each)) for name, each in seconds.items() if each}
-    engine = _Engine(recorded, predictor, parsed=parsed)
+    engine = DecidingEngine(recorded, predictor, parsed=parsed)
     engine.settle()
     return {"step_p50_seconds": medians, "allocated_bytes": _allocated_bytes(engine)}
 
@@ -174,7 +171,7 @@ def _watched(function: Callable[..., Any], seconds: list[float]) -> Callable[...
     return watched
 
 
-def _allocated_bytes(engine: _Engine) -> float:
+def _allocated_bytes(engine: DecidingEngine) -> float:
     """Most memory that one decision holds beyond what was there before, median."""
     peaks = []
     tracemalloc.start()

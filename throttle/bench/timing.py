@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +82,29 @@ def settled_collector() -> Iterator[None]:
         gc.unfreeze()
 
 
-def time_calls(
-    calls: Sequence[Callable[[], object]] | Iterator[Callable[[], object]], pacing_seconds: float
-) -> list[float]:
-    """Seconds of each call.
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Of single calls, in order.
+
+    Attributes:
+        seconds: By the clock on the wall: what a caller waits.
+        processor_seconds: By this thread's processor: on a machine that others use, too, what
+            remains when their turns are taken out.
+    """
+
+    seconds: list[float]
+    processor_seconds: list[float]
+
+
+def time_calls(calls: Iterable[Callable[[], object]], pacing_seconds: float) -> Times:
+    """Time each call.
 
     Args:
         calls: What to call, each once.
         pacing_seconds: Time between two starts, slept through; 0 for none.
     """
-    clock = time.perf_counter
-    seconds = []
+    clock, processor = time.perf_counter, time.thread_time
+    times = Times([], [])
     due = clock()
     for call in calls:
         if pacing_seconds:
@@ -102,7 +114,9 @@ def time_calls(
                 time.sleep(wait)
             else:
                 due -= wait  # late by itself: do not catch up in a burst
+        spent = processor()
         started = clock()
         call()
-        seconds.append(clock() - started)
-    return seconds
+        times.seconds.append(clock() - started)
+        times.processor_seconds.append(processor() - spent)
+    return times

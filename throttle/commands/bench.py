@@ -20,7 +20,10 @@ _SUBJECTS = {
     "decision": "state in, decision out, in process; with and without parsing the message",
     "transport": "a state's way to a server and an answer's way back, nothing decided",
     "daemon": "a daemon of its own over a Unix socket, with one engine and with many",
+    "guard": "a decision against a fixed computation; fails above --limit-ratio",
 }
+#: Twice what was measured when it was set, 1.6; in NumPy alone it would be about 7.
+_LIMIT_RATIO = 3.2
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,7 +37,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("subject", choices=_SUBJECTS, help="; ".join(map(": ".join, _items())))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument(
-        "--requests", type=int, nargs="+", default=(8, 64, 512), help="default: 8 64 512"
+        "--requests",
+        type=int,
+        nargs="+",
+        help="running at once; default: 8 64 512 for a decision, else 64",
     )
     parser.add_argument(
         "--engines", type=int, nargs="+", default=(1, 8, 64), help="at once; default: 1 8 64"
@@ -46,6 +52,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--bundles", type=Path, default=Path("models"), help="directory; default: %(default)s"
     )
+    parser.add_argument(
+        "--limit-ratio",
+        type=float,
+        default=_LIMIT_RATIO,
+        help="of the guard: most that a decision may take, in reference computations; "
+        "default: %(default)s",
+    )
     parser.set_defaults(run=run)
 
 
@@ -55,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InvalidInputError: A count or the pace cannot be used.
     """
+    if not arguments.requests:
+        arguments.requests = (8, 64, 512) if arguments.subject == "decision" else (64,)
     for name in ("requests", "engines"):
         if min(getattr(arguments, name)) < 1:
             raise InvalidInputError(f"--{name}", getattr(arguments, name), "1 or more")
@@ -63,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0.0 < arguments.pacing_seconds < float("inf"):
         raise InvalidInputError("--pacing-seconds", arguments.pacing_seconds, "finite, above 0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as `throttle serve` does
+    if arguments.subject == "guard":
+        return _guard(arguments)
     results = []
     for result in _results(arguments):
         results.append(result)
@@ -75,6 +92,16 @@ def run(arguments: argparse.Namespace) -> int:
         }
         arguments.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     return 0
+
+
+def _guard(arguments: argparse.Namespace) -> int:
+    """Compare; 1 where a decision takes too long."""
+    from throttle.bench.guard import decision_ratio  # noqa: PLC0415 - after OMP_NUM_THREADS
+    from throttle.bench.states import shipped_predictor  # noqa: PLC0415 - likewise
+
+    ratio = decision_ratio(shipped_predictor(arguments.bundles), arguments.samples)
+    print(f"a decision takes {ratio:.2f} reference computations; at most {arguments.limit_ratio:g}")
+    return 0 if ratio <= arguments.limit_ratio else 1
 
 
 def machine() -> dict[str, Any]:
@@ -106,14 +133,27 @@ def _items() -> list[tuple[str, str]]:
 
 
 def _results(arguments: argparse.Namespace) -> Iterator[Result]:
-    from throttle.bench.states import shipped_predictor  # noqa: PLC0415 - after OMP_NUM_THREADS
+    from throttle.bench.states import record, shipped_predictor  # noqa: PLC0415 - after the above
 
+    predictor = shipped_predictor(arguments.bundles)
     if arguments.subject == "decision":
         from throttle.bench.decision import bench_decision  # noqa: PLC0415 - likewise
 
-        predictor = shipped_predictor(arguments.bundles)
         for count in arguments.requests:
             yield from bench_decision(predictor, count, arguments.samples, arguments.pacing_seconds)
+        return
+    count = arguments.requests[0]
+    recorded = record(count, arguments.samples, predictor)
+    if arguments.subject == "transport":
+        from throttle.bench.transport import bench_transport  # noqa: PLC0415 - needs grpc
+
+        yield from bench_transport(recorded, count, arguments.engines, arguments.pacing_seconds)
+    else:
+        from throttle.bench.daemon import bench_daemon  # noqa: PLC0415 - needs grpc
+
+        yield from bench_daemon(
+            recorded, count, arguments.engines, arguments.pacing_seconds, arguments.bundles
+        )
 
 
 def _line(result: Result) -> str:
@@ -126,7 +166,12 @@ def _line(result: Result) -> str:
             ("p99.9", result.p999_seconds),
         )
     )
-    text = f"{result.case}, {result.requests_count} requests, {paced}: {figures} us"
+    engines = result.more.get("engines_count")
+    at_once = f"{engines} engines, " if engines else ""
+    text = f"{result.case}, {at_once}{result.requests_count} requests, {paced}: {figures} us"
+    if "processor_p99_seconds" in result.more:
+        processor = (1e6 * result.more[f"processor_{name}_seconds"] for name in ("p50", "p99"))
+        text += "; of the processor p50 {:.0f} p99 {:.0f}".format(*processor)
     for step, seconds in result.more.get("step_p50_seconds", {}).items():
         text += f"\n    {step} {seconds * 1e6:.1f} us"
     return text

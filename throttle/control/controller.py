@@ -178,6 +178,27 @@ class Controller:
         )
         return Evaluation(decision, rows)
 
+    def judge(self, state: IterationState) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """Which clocks keep every limit and what each costs, (C,), for a state that was decided on.
+
+        Both are what `decide` chooses by, before any hysteresis; nothing is chosen or changed.
+
+        Raises:
+            RuntimeError: The engine is idle, or its load not known yet.
+        """
+        live = self._scoreboard.live()
+        horizon = self._forecaster.project(state, live, self._selector.current)
+        if horizon.empty:
+            raise RuntimeError("nothing is computed; judge() follows decide() of a busy engine")
+        forecast = self._forecaster.forecast(state, horizon, live)
+        cost = self._cost(forecast)
+        if cost is None:
+            raise RuntimeError("the load is not known yet; decide() on more states first")
+        kept = forecast.slack.least() >= 0.0
+        if forecast.lateness is not None:
+            kept &= forecast.lateness.excess_ratio <= self._late_budget.ratio
+        return kept & self._allowed, cost
+
     def _idle(self, state: IterationState, live: LiveRequests) -> bool:
         if len(live.running) or len(live.waiting):
             return False

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 
 from predictors.elementary import cube_roots, exponentials
+from throttle.control.compiled.compiler import fused
 from throttle.control.lateness import (
     BOUND_DEVIATIONS,
     LEAST_SHARE,
@@ -111,7 +111,7 @@ def expect_lateness(
     return Lateness(excess, int(number), slack)
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+@fused
 def _add_late(
     shares: NDArray[np.float64],
     granted: NDArray[np.float64],
@@ -124,13 +124,15 @@ def _add_late(
     any_ratio: NDArray[np.float64],
     log_mean: NDArray[np.float64],
     log_variance: NDArray[np.float64],
+    room: NDArray[np.float64],
+    bits: NDArray[np.int64],
     late: NDArray[np.float64],
 ) -> None:
     """Add the probability of being late at the end of one segment, weighed, to `late`.
 
     `PromptWork.within` and `_View._late` of all answers at all clocks. `shares` and `granted` are
     (n,), `seconds`, `deviation` and `token_seconds` (J,), and `before`, `narrow` (what an answer's
-    own beginning takes off the two) and `late` are (J, n).
+    own beginning takes off the two) and `late` are (J, n). `room` and `bits` are to work in.
     """
     clocks_count, count = late.shape
     if not len(windows):
@@ -143,9 +145,7 @@ def _add_late(
     first_seconds, last_seconds = np.exp(windows[0]), np.exp(windows[last])
     steps_per_log = last / (windows[last] - windows[0]) if last else 0.0
     size = clocks_count * count
-    bits = np.empty(max(size, 2 * count), np.int64)
-    logs, moments = np.empty(2 * count), np.empty(2 * count)
-    came = np.empty(count)
+    logs, moments, came = room[0], room[4], room[5]
     for answer in range(count):
         within = max(granted[answer], 1e-6)
         place = (np.log(within) - windows[0]) * steps_per_log
@@ -157,14 +157,15 @@ def _add_late(
         logs[answer] = log_mean[low] + (log_mean[high] - log_mean[low]) * into
         logs[count + answer] = log_variance[low] + (log_variance[high] - log_variance[low]) * into
     exponentials(logs, bits, moments, 2 * count)
-    tokens, variances = moments[:count], moments[count:]
+    tokens, variances = moments[:count], moments[count : 2 * count]
     for answer in range(count):
         grown = max(granted[answer] / last_seconds, 1.0)
         tokens[answer] *= grown
         variances[answer] *= grown
     # one array written per loop: the compiler gives up on telling more of them apart
-    spare, deviations = np.empty((clocks_count, count)), np.empty((clocks_count, count))
-    values, results = np.empty(size), np.empty(size)
+    spare = room[2, :size].reshape((clocks_count, count))
+    deviations = room[3, :size].reshape((clocks_count, count))
+    values, results = room[0], room[1]
     for clock in range(clocks_count):
         passed, wide, token = seconds[clock], deviation[clock], token_seconds[clock]
         first = clock * count
@@ -195,7 +196,7 @@ def _add_late(
             late[clock, answer] += shares[answer] * (met if spare[clock, answer] > 0.0 else 1.0)
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+@fused
 def _survival_at(x: float, starts: NDArray[np.float64], survival: NDArray[np.float64]) -> float:
     """`LengthCurve.survival_ratio` at one place: numpy.interp."""
     last = len(starts) - 1
@@ -211,7 +212,7 @@ def _survival_at(x: float, starts: NDArray[np.float64], survival: NDArray[np.flo
     return between
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+@fused
 def _ending_shares(
     row: NDArray[np.float64],
     generated: float,
@@ -244,7 +245,7 @@ def _ending_shares(
         alive = after
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+@fused
 def _lateness(
     decodes: NDArray[np.float64],
     prompts: NDArray[np.float64],
@@ -348,6 +349,8 @@ def _lateness(
             if share > most:
                 likely[answer], most = segment, share
     late = np.zeros((count, answers_count))
+    most_at_once = max(answers_count, len(NEWCOMER_GAPS)) * max(count, 2)
+    room, bits = np.empty((6, most_at_once)), np.empty(most_at_once, np.int64)
     for segment in range(segments_count):
         if shares[segment].any():
             _add_late(
@@ -362,6 +365,8 @@ def _lateness(
                 any_ratio,
                 log_mean,
                 log_variance,
+                room,
+                bits,
                 late,
             )
     foremost, foremost_number = -np.inf, 0.0
@@ -411,6 +416,8 @@ def _lateness(
             any_ratio,
             log_mean,
             log_variance,
+            room,
+            bits,
             newcomers_late,
         )
         for clock in range(count):

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 
 from predictors.prediction import SHAPE_COLUMNS
+from throttle.control.compiled.compiler import compiled
 from throttle.control.projection import (
     DECODE_SEGMENT_ITERATIONS,
     EXACT_PREFILL_SEGMENTS,
@@ -95,7 +95,7 @@ def project(
     )
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _planned_tokens(
     row: NDArray[np.float64],
     starts: NDArray[np.float64],
@@ -113,7 +113,7 @@ def _planned_tokens(
     return planned
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _admit(
     row: NDArray[np.float64], slots: int, free_blocks: float, block_tokens: int
 ) -> tuple[float, float, float]:
@@ -126,7 +126,7 @@ def _admit(
     return blocks, row[_TARGET] - cached, cached
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _project(
     running: NDArray[np.float64],
     waiting: NDArray[np.float64],

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 
+from throttle.control.compiled.compiler import compiled
 from throttle.control.scoreboard import Column
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _FIRST_GENERATED = int(Column.FIRST_GENERATED)
 _FIRST_FASTEST = int(Column.FIRST_FASTEST)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def advance(
     rows: NDArray[np.float64],
     running: NDArray[np.int64],

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 
+from throttle.control.compiled.compiler import compiled
 from throttle.control.scoreboard import Column
 from throttle.control.slack import TBT_DECODE_SEGMENTS, SlackTable, Slo
 
@@ -99,7 +99,7 @@ def measure_slack(
     return SlackTable(slack, slos, numbers, lost_count)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _correct(
     predicted: NDArray[np.float64],
     predicted_upper: NDArray[np.float64],
@@ -134,7 +134,7 @@ def _correct(
     return latency, upper, joules, seconds
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _slack(
     prompts: NDArray[np.float64],
     decodes: NDArray[np.float64],

@@ -7,7 +7,7 @@ import pytest
 
 from throttle.errors import InvalidInputError, NotFoundError
 from throttle.simulation.engine import Fidelity
-from throttle.simulation.profiling import SweepingLoad, profiling_points
+from throttle.simulation.profiling import DeepFilling, SweepingLoad, profiling_points
 from throttle.simulation.workload import Lengths, load_trace, poisson, trace_names
 
 HEAD = "arrival_seconds,prompt_tokens,output_tokens\n"
@@ -105,7 +105,13 @@ def test_poisson_arrivals_have_the_asked_rate_and_lengths():
 
 
 def test_profiling_covers_batches_contexts_and_chunks(bench, plant):
-    points = profiling_points(plant.kv_blocks_count * 16, 8192, seconds_per_point=1.5)
+    kv_tokens = plant.kv_blocks_count * 16
+    filling = DeepFilling(kv_tokens, budget_seconds=1200.0, rounds_count=9, point_seconds=1.5)
+    fillings = (filling.point(index, 40_000.0) for index in range(9))
+    points = [
+        *profiling_points(kv_tokens, 8192, seconds_per_point=1.5),
+        *(point for point in fillings if point is not None),
+    ]
     load = SweepingLoad(points, 0.3, random.Random(6))
     world = bench(plant, (), source=load, fidelity=Fidelity.AGGREGATE)
     batches, contexts, chunks, idle = set(), set(), set(), 0

@@ -149,7 +149,9 @@ def test_nothing_is_filled_before_the_speed_of_prompts_is_known():
 def test_a_full_cache_is_recorded(plant, gpus, tmp_path):
     profiling(plant, gpus, tmp_path, 240.0).run()
     frame = read_records([tmp_path / "out"]).frame
-    assert frame["sum_decode_kv_tokens"].max() > 400_000
+    # other points end at 0.75 of 262,144 tokens; how far beyond a filling comes depends on the
+    # clocks that it meets: at low ones the first answers end before the last prompts are computed
+    assert frame["sum_decode_kv_tokens"].max() > 1.5 * 0.75 * 262_144
 
 
 def test_points_that_are_less_sure_are_drawn_more_often(plant):

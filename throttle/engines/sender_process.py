@@ -112,6 +112,7 @@ class SenderProcess:
         self._lock = threading.Lock()  # guards what follows
         self._outbox = Outbox(CARRIED_EVENTS_LIMIT, COMPLETED_STATES_LIMIT)
         self._socket: socket.socket | None = None
+        self._idle_socket: socket.socket | None = None  # the same while it has taken everything
         self._child: Child | None = None
         self._unsent = _NOTHING  # the rest of a message that the socket took a part of
         self._replay = False
@@ -140,7 +141,11 @@ class SenderProcess:
                 self._refused_count += 1
                 return
             with self._lock:
-                if self._closed:
+                # a state alone, and all before it written: nearly always
+                if self._idle_socket is not None and not state.request_events:
+                    if self._write_directly(self._idle_socket, state):
+                        return
+                elif self._closed:
                     return
                 full = self._outbox.put(state, connected=self._socket is not None)
                 if self._socket is None:
@@ -165,12 +170,27 @@ class SenderProcess:
         if child is not None:
             _end(child, timeout_seconds)
 
+    def _write_directly(self, idle: socket.socket, state: engine_pb2.IterationState) -> bool:
+        """Write a state that no event travels with; returns whether the socket took any of it."""
+        message = framed(state.SerializeToString())
+        try:
+            sent = idle.send(message)
+        except OSError:  # full or closed: `_write` finds out
+            return False
+        if sent < len(message):
+            self._unsent = memoryview(message)[sent:]
+            self._idle_socket = None
+        return True
+
     def _write(self, ours: socket.socket) -> None:
         """Write what waits, as far as the socket takes it."""
+        self._idle_socket = None
         try:
             while True:
                 if not self._unsent:
                     if self._outbox.empty:
+                        if not self._replay:
+                            self._idle_socket = ours
                         return
                     state = self._outbox.take(replay=self._replay)
                     self._replay = False
@@ -207,7 +227,7 @@ class SenderProcess:
             _log.warning("the process that reports for this engine has ended (%s)", why)
 
     def _drop_socket(self) -> None:
-        ours, self._socket = self._socket, None
+        ours, self._socket, self._idle_socket = self._socket, None, None
         self._unsent = _NOTHING
         if ours is not None:
             ours.close()

@@ -364,3 +364,4 @@ class Session:
         elif self._faulty:
             self._log.info("control_recovered")
         self._faulty = self._error is not None
+        self._error = None  # its traceback refers to this session, which it would keep

@@ -112,6 +112,7 @@ class PromptWorkEstimator:
             figures.append((share, mean, max(variance, (_LEAST_SPREAD_RATIO * mean) ** 2)))
         if not figures:
             return None
-        shares, means, variances = np.array(figures).T
+        # rows of their own: compiled code would be compiled anew for columns
+        shares, means, variances = np.array(figures).T.copy()
         windows = np.log(_WINDOW_SECONDS[: len(figures)])
         return PromptWork(windows, shares, np.log(means), np.log(variances))

@@ -113,8 +113,8 @@ class DaemonMetrics:
         )
         self.predicted_energy = Counter(
             "throttle_predicted_energy_joules_total",
-            "Energy predicted for the load as it came, idle time included: at the clocks decided on, "
-            "and had GPUs always been at default clocks, where batches are smaller and more "
+            "Energy predicted for the load as it came, idle time included: at the clocks decided "
+            "on, and had GPUs always been at default clocks, where batches are smaller and more "
             "iterations run. From when an engine's load is known.",
             ["clocks"],
             registry=registry,

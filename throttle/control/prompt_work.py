@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from predictors.prediction import SHAPE_COLUMNS, estimated_attention_pairs
 from throttle.control.state import Phase
 
 if TYPE_CHECKING:
@@ -31,11 +32,77 @@ _LEAST_ITERATIONS = 20
 #: The variance within windows is taken for this many times what the last minute showed: bursts are
 #: rarer than the windows that were seen, and the tails of their work heavier than gamma's. Chosen
 #: on the Azure trace, where the share of late answers was twice the budget with 1.
-_BURST_VARIANCE_RATIO = 1.5
+_BURST_VARIANCE_RATIO = 1.0
 #: A work window begins with the iteration after the one that it is measured from.
 _SAME_MOMENT_SECONDS = 1e-4
 #: Spread of the tokens in one window, as a share of their mean, is never believed to be less.
 _LEAST_SPREAD_RATIO = 0.3
+
+
+#: Prompt tokens of one iteration at which its cost is predicted; between them it is interpolated.
+_SIZES_TOKENS = np.array([64, 256, 512, 1024, 2048, 4096, 8192, 16384.0])
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCost:
+    """What prompts of a size cost, in tokens of an iteration of mean size.
+
+    Attention grows with the square of a prompt, and a short one still reads every expert's weights:
+    a token's cost depends on how many others share its iteration. The shape of that differs little
+    from clock to clock.
+
+    Attributes:
+        tokens: Prompt tokens of an iteration, rising, (S,).
+        equivalent_tokens: How many tokens of an iteration of mean size take as long, (S,).
+    """
+
+    tokens: NDArray[np.float64]
+    equivalent_tokens: NDArray[np.float64]
+
+    def equivalent(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Equivalents of iterations of any size, (n,)."""
+        inside = np.interp(tokens, self.tokens, self.equivalent_tokens)
+        return inside * np.where(tokens < self.tokens[0], tokens / self.tokens[0], 1.0)
+
+
+def prompt_size_shapes(
+    prefill_kv_tokens: float, batch_requests: float, context_tokens: float, tokens_limit: float
+) -> NDArray[np.float64]:
+    """Shapes whose prediction `prompt_cost` needs: no prompt, then one of each size, (1 + S, 7).
+
+    Args:
+        prefill_kv_tokens: Tokens of an iteration's prompts already in KV.
+        batch_requests: Generating requests beside it.
+        context_tokens: Their mean context.
+        tokens_limit: Most tokens of one iteration.
+    """
+    sizes = _sizes(tokens_limit)
+    shapes = np.zeros((1 + len(sizes), len(SHAPE_COLUMNS)))
+    shapes[:, 3] = shapes[:, 5] = batch_requests
+    shapes[:, 4] = batch_requests * context_tokens
+    shapes[1:, 0], shapes[1:, 1], shapes[1:, 2] = 1.0, sizes, prefill_kv_tokens
+    shapes[1:, 6] = estimated_attention_pairs(shapes[1:, 0], sizes, shapes[1:, 2])
+    return shapes
+
+
+def prompt_cost(
+    latency_seconds: NDArray[np.float64], mean_tokens: float, tokens_limit: float
+) -> PromptCost:
+    """The cost of prompts by size.
+
+    Args:
+        latency_seconds: Of `prompt_size_shapes` at one clock, (1 + S,).
+        mean_tokens: Prompt tokens of an iteration that has some.
+        tokens_limit: As given there.
+    """
+    sizes = _sizes(tokens_limit)
+    added = np.maximum.accumulate(np.maximum(latency_seconds[1:] - latency_seconds[0], 1e-9))
+    scale = mean_tokens / float(np.interp(mean_tokens, sizes, added))
+    return PromptCost(sizes, added * scale)
+
+
+def _sizes(tokens_limit: float) -> NDArray[np.float64]:
+    return np.append(_SIZES_TOKENS[tokens_limit > _SIZES_TOKENS], tokens_limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +158,19 @@ class PromptWorkEstimator:
             self._rows.append((start, end, tokens, prompts))
         self._last_seconds = state.engine_time_seconds
 
-    def estimate(self) -> PromptWork | None:
+    def equivalent_ratio(self, cost: PromptCost) -> float:
+        """Equivalents per token of the iterations that were seen; 1 while they are few."""
+        if len(self._rows) < _LEAST_ITERATIONS:
+            return 1.0
+        tokens = np.array(self._rows)[:, 2]
+        return float(cost.equivalent(tokens).sum() / tokens.sum())
+
+    def estimate(self, cost: PromptCost) -> PromptWork | None:
         """What was seen; None while that is too little."""
         if len(self._rows) < _LEAST_ITERATIONS:
             return None
         start, end, tokens, prompts = np.array(self._rows).T
+        tokens = cost.equivalent(tokens)
         before = np.concatenate([[0.0], np.cumsum(tokens)])
         figures = []
         for window in _WINDOW_SECONDS:

@@ -19,7 +19,7 @@ _FIRST_PRICE = 80.0
 _LEAST_PRICE = 25.0
 _MOST_PRICE = 400.0
 #: Memory of the price: long against a burst, short against a change of load.
-_PRICE_SECONDS = 20.0
+_PRICE_SECONDS = 60.0
 #: One decision moves the price as if it had expected at most so many times the target.
 _SURPRISE_LIMIT = 10.0
 #: A pause between decisions counts for at most so long.

@@ -15,7 +15,6 @@ cannot be saved do not hold the clock up for others.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 

@@ -75,7 +75,7 @@ class Outlook:
             settings.load_time_constant_seconds, settings.load_settling_seconds
         )
         self._prompt_work = PromptWorkEstimator()
-        self._work: PromptWork | None = None
+        self._works: tuple[PromptWork, PromptWork] | None = None
         self._interruptions: Interruptions | None = None
         self._equilibrium: Equilibrium | None = None
         self._settled_load: OfferedLoad | None = None
@@ -92,11 +92,6 @@ class Outlook:
     def interruptions(self) -> Interruptions | None:
         """What prompts to come add to iterations; None while the load is not known."""
         return self._interruptions
-
-    @property
-    def work(self) -> PromptWork | None:
-        """How many prompt tokens come; None while hardly any do."""
-        return self._work
 
     @property
     def refund_watts(self) -> float:
@@ -170,7 +165,7 @@ class Outlook:
         prediction, cost = self._split(prediction, load)
         equilibrium = settle(load, self._limits, prediction, resting)
         self._refund_watts = refund_watts(load, self._limits, prediction, equilibrium, resting)
-        self._work = self._prompt_work.estimate(cost)
+        self._works = self._prompt_work.estimate(cost)
         self._equilibrium = equilibrium
         self._interruptions = expect_interruptions(
             load, self._limits, prediction, self._settings.burst_deviations
@@ -187,9 +182,7 @@ class Outlook:
         cheapest = int(np.argmin(equilibrium.power_watts))
         return max(float(equilibrium.batch_requests[cheapest]), 1.0)
 
-    def _split(
-        self, prediction: Prediction, load: OfferedLoad
-    ) -> tuple[Prediction, PromptCost]:
+    def _split(self, prediction: Prediction, load: OfferedLoad) -> tuple[Prediction, PromptCost]:
         """The prediction of `equilibrium_shapes`, and the cost of prompts by size from the rest."""
         limit = float(self._profile.batched_tokens_limit)
         sizes_count = len(prompt_size_shapes(0.0, 1.0, 1.0, limit))
@@ -224,12 +217,19 @@ class Outlook:
             load.prefill_iterations_per_second * load.prefill_requests_per_iteration,
         )
 
+    def work(self, horizon: Horizon) -> PromptWork | None:
+        """How many prompt tokens come after what is planned; None while hardly any do."""
+        if self._works is None:
+            return None
+        after_prompts, after_decodes = self._works
+        return after_prompts if horizon.prefill_segments_count else after_decodes
+
     def prompt_delay(self, horizon: Horizon) -> PromptDelay:
         """What prompts to come cost the answers between them."""
         batch = horizon.shapes[:, 3]
         if self._interruptions is None:
             return PromptDelay(None, np.zeros((len(batch), len(self._resting_power_watts))))
-        return PromptDelay(self._work, self._interruptions.prompt_token_seconds(batch))
+        return PromptDelay(self.work(horizon), self._interruptions.prompt_token_seconds(batch))
 
     def stretch_ratio(self, horizon: Horizon) -> NDArray[np.float64] | None:
         """Prompts to come stretch decode segments; those that are here have their own segments."""

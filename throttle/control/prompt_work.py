@@ -29,10 +29,8 @@ _WINDOW_SECONDS = np.geomspace(0.02, 8.0, 16)
 _MEMORY_ITERATIONS = 1024
 #: Fewer of them tell nothing yet.
 _LEAST_ITERATIONS = 20
-#: The variance within windows is taken for this many times what the last minute showed: bursts are
-#: rarer than the windows that were seen, and the tails of their work heavier than gamma's. Chosen
-#: on the Azure trace, where the share of late answers was twice the budget with 1.
-_BURST_VARIANCE_RATIO = 1.0
+#: Of the iterations without prompts, one in so many begins a window.
+_DECODES_STRIDE = 4
 #: A work window begins with the iteration after the one that it is measured from.
 _SAME_MOMENT_SECONDS = 1e-4
 #: Spread of the tokens in one window, as a share of their mean, is never believed to be less.
@@ -145,6 +143,8 @@ class PromptWorkEstimator:
 
     def __init__(self) -> None:
         self._rows: deque[tuple[float, float, float, float]] = deque(maxlen=_MEMORY_ITERATIONS)
+        self._decode_ends: deque[float] = deque(maxlen=_MEMORY_ITERATIONS)
+        self._decodes_count = 0
         self._last_seconds = 0.0
 
     def add(self, state: IterationState) -> None:
@@ -156,6 +156,10 @@ class PromptWorkEstimator:
             start = self._last_seconds if duration is None else end - duration
             tokens, prompts = work.sum_prefill_tokens, work.num_prefill_requests
             self._rows.append((start, end, tokens, prompts))
+        elif state.phase is Phase.COMPLETED and work.num_decode_requests:
+            self._decodes_count += 1
+            if self._decodes_count % _DECODES_STRIDE == 0:
+                self._decode_ends.append(state.engine_time_seconds)
         self._last_seconds = state.engine_time_seconds
 
     def equivalent_ratio(self, cost: PromptCost) -> float:
@@ -165,28 +169,54 @@ class PromptWorkEstimator:
         tokens = np.array(self._rows)[:, 2]
         return float(cost.equivalent(tokens).sum() / tokens.sum())
 
-    def estimate(self, cost: PromptCost) -> PromptWork | None:
-        """What was seen; None while that is too little."""
+    def estimate(self, cost: PromptCost) -> tuple[PromptWork, PromptWork] | None:
+        """What was seen after iterations with prompts, and after ones without.
+
+        The next iteration often computes what arrived during a long one; after a short one there
+        is less of that. None while too little was seen.
+        """
         if len(self._rows) < _LEAST_ITERATIONS:
             return None
         start, end, tokens, prompts = np.array(self._rows).T
-        tokens = cost.equivalent(tokens)
-        before = np.concatenate([[0.0], np.cumsum(tokens)])
+        came = _Came(start, np.concatenate([[0.0], np.cumsum(cost.equivalent(tokens))]))
+        after_prompts = self._measure(came, end, prompts)
+        if after_prompts is None:
+            return None
+        ends = np.array(self._decode_ends)
+        ends = ends[ends >= start[0]]
+        after_decodes = self._measure(came, ends, np.ones(len(ends)))
+        return after_prompts, after_decodes or after_prompts
+
+    def _measure(
+        self, came: _Came, begins: NDArray[np.float64], weights: NDArray[np.float64]
+    ) -> PromptWork | None:
         figures = []
         for window in _WINDOW_SECONDS:
-            seen = end + window <= self._last_seconds
+            seen = begins + window <= self._last_seconds
             if np.count_nonzero(seen) < _LEAST_ITERATIONS:
                 break
-            # Work counts by the iteration that it begins in: that one delays the next token.
-            stop = np.searchsorted(start, end[seen] + window - _SAME_MOMENT_SECONDS)
-            came = np.maximum(before[stop] - before[1:][seen], 0.0)
-            weight = prompts[seen] / prompts[seen].sum()
-            share = max(float(weight @ (came > 0)), 1e-3)
-            mean = max(float(weight @ came) / share, 1.0)
-            variance = _BURST_VARIANCE_RATIO * (float(weight @ came**2) / share - mean**2)
+            tokens = came.within(begins[seen], window)
+            weight = weights[seen] / weights[seen].sum()
+            share = max(float(weight @ (tokens > 0)), 1e-3)
+            mean = max(float(weight @ tokens) / share, 1.0)
+            variance = float(weight @ tokens**2) / share - mean**2
             figures.append((share, mean, max(variance, (_LEAST_SPREAD_RATIO * mean) ** 2)))
         if not figures:
             return None
         shares, means, variances = np.array(figures).T
         windows = np.log(_WINDOW_SECONDS[: len(figures)])
         return PromptWork(windows, shares, np.log(means), np.log(variances))
+
+
+@dataclass(frozen=True, slots=True)
+class _Came:
+    """Prompt work by the time at which its iteration began, (n,), and its sum before, (n + 1,)."""
+
+    starts: NDArray[np.float64]
+    before: NDArray[np.float64]
+
+    def within(self, begins: NDArray[np.float64], seconds: float) -> NDArray[np.float64]:
+        """Work of iterations that began in windows of this length, from each of (m,) times."""
+        first = np.searchsorted(self.starts, begins - _SAME_MOMENT_SECONDS)
+        stop = np.searchsorted(self.starts, begins + seconds - _SAME_MOMENT_SECONDS)
+        return np.maximum(self.before[stop] - self.before[first], 0.0)

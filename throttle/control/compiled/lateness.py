@@ -102,7 +102,7 @@ def expect_lateness(
         log_variance,
         float(newcomers.tpot_seconds) if newcomers is not None else 0.0,
         float(newcomers.requests_per_second) if newcomers is not None else 0.0,
-        min(horizon.prefill_segments_count, len(horizon.iterations) - 1),
+        horizon.prefill_segments_count,
         newcomers is not None,
     )
     if total <= 0.0:
@@ -130,9 +130,10 @@ def _add_late(
 ) -> None:
     """Add the probability of being late at the end of one segment, weighed, to `late`.
 
-    `PromptWork.within` and `_View._late` of all answers at all clocks. `shares`, `granted`
-    and `known` are (n,), `seconds`, `deviation` and `token_seconds` (J,), and `before`, `narrow` (what an answer's
-    own beginning takes off the two) and `late` are (J, n). `room` and `bits` are to work in.
+    `PromptWork.within` and `_View._late` of all answers at all clocks. `shares`, `granted` and
+    `known` (what no further prompt comes in) are (n,), `seconds`, `deviation` and `token_seconds`
+    (J,), and `before`, `narrow` (what an answer's own beginning takes off the two) and `late` are
+    (J, n). `room` and `bits` are to work in.
     """
     clocks_count, count = late.shape
     if not len(windows):
@@ -267,7 +268,7 @@ def _lateness(
     log_variance: NDArray[np.float64],
     newcomer_tpot: float,
     newcomers_per_second: float,
-    newcomer_segment: int,
+    prefill_segments_count: int,
     newcomers_known: bool,  # noqa: FBT001 - compiled functions take positions
 ) -> tuple[float, NDArray[np.float64], float, NDArray[np.float64]]:
     """Weight, excess at every clock, and the foremost answer with its slack at every clock."""
@@ -360,7 +361,7 @@ def _lateness(
             shares[segment, answer] *= kernel[segment]
             weight += shares[segment, answer]
     # whose prompts share the next iterations is known; others come only after them
-    known_segments = min(max(newcomer_segment, 1), segments_count)
+    known_segments = min(max(prefill_segments_count, 1), segments_count)
     planned = seconds[known_segments - 1, count - 1]
     known = np.full(answers_count, planned)
     for answer in range(len(decodes), answers_count):
@@ -407,7 +408,7 @@ def _lateness(
     for clock in range(count):
         late_sum[clock] = late[clock].sum()
     if newcomers_known:
-        segment, gaps_count = newcomer_segment, len(NEWCOMER_GAPS)
+        segment, gaps_count = min(prefill_segments_count, segments_count - 1), len(NEWCOMER_GAPS)
         everyone = survival[len(survival) - 1]
         alive = _survival_at(1.0, starts, everyone)
         coming, allowed = np.empty(gaps_count), newcomer_tpot * NEWCOMER_GAPS

@@ -66,7 +66,7 @@ def test_target_and_price_stay_within_their_bounds(late, shares, pause):
         price.expect(share, step * pause)
     assert 0.001 / 8 * 0.999 <= price.target_ratio <= 0.002 * 1.001
     assert math.isfinite(price.answers)
-    assert 24.9 < price.answers < 401.0
+    assert 9.9 < price.answers < 401.0
 
 
 def test_lateness_at_the_target_keeps_the_target_where_it_is():

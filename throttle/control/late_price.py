@@ -16,7 +16,7 @@ import math
 
 #: Price at the start, and how far it may move: what was met over traces, loads and plants.
 _FIRST_PRICE = 80.0
-_LEAST_PRICE = 25.0
+_LEAST_PRICE = 10.0
 _MOST_PRICE = 400.0
 #: Memory of the price: long against a burst, short against a change of load.
 _PRICE_SECONDS = 60.0

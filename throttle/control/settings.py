@@ -74,8 +74,8 @@ class ControlSettings:
     violation_ratio: float = 0.01
     floor_clock_ratio: float = 0.2
     ceiling_clock_ratio: float = 1.0
-    dwell_seconds: float = 0.9
-    least_dwell_seconds: float = 0.3
+    dwell_seconds: float = 1.1
+    least_dwell_seconds: float = 0.45
     least_gain_ratio: float = 0.01
     raise_step_ratio: float = 0.05
     load_time_constant_seconds: float = 60.0

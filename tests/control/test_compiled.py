@@ -207,7 +207,7 @@ def test_the_lateness_is_that_of_the_definition(running, waiting, work, coming, 
         np.log(300.0 * np.maximum(rate * WINDOWS, 1.0)),
         np.log(400.0**2 * np.maximum(rate * WINDOWS, 1.0)),
     )
-    newcomers = Newcomers(BELIEFS.everyone, 0.05, rate, 300.0 * rate) if coming else None
+    newcomers = Newcomers(BELIEFS.everyone, 0.05, rate) if coming else None
     ends = np.cumsum(horizon.iterations)
     after = np.maximum(ends - horizon.iterations_at(horizon.first_tokens)[:, None], 0.0)
     before = np.broadcast_to(ends, (len(horizon.decodes), len(ends)))

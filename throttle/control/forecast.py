@@ -255,7 +255,7 @@ class Forecaster:
                 now_seconds=now,
                 lengths=self._lengths.table(self._scoreboard.length_classes),
                 interruptions=self._outlook.interruptions,
-                work=self._outlook.work,
+                work=self._outlook.work(horizon),
                 newcomers=self._outlook.newcomers(self._lengths.everyone),
                 clocks=self._clocks,
             )

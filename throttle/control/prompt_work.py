@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from predictors.prediction import SHAPE_COLUMNS, estimated_attention_pairs
 from throttle.control.state import Phase
 
 if TYPE_CHECKING:
@@ -28,14 +29,78 @@ _WINDOW_SECONDS = np.geomspace(0.02, 8.0, 16)
 _MEMORY_ITERATIONS = 1024
 #: Fewer of them tell nothing yet.
 _LEAST_ITERATIONS = 20
-#: The variance within windows is taken for this many times what the last minute showed: bursts are
-#: rarer than the windows that were seen, and the tails of their work heavier than gamma's. Chosen
-#: on the Azure trace, where the share of late answers was twice the budget with 1.
-_BURST_VARIANCE_RATIO = 1.5
+#: Of the iterations without prompts, one in so many begins a window.
+_DECODES_STRIDE = 4
 #: A work window begins with the iteration after the one that it is measured from.
 _SAME_MOMENT_SECONDS = 1e-4
 #: Spread of the tokens in one window, as a share of their mean, is never believed to be less.
 _LEAST_SPREAD_RATIO = 0.3
+
+
+#: Prompt tokens of one iteration at which its cost is predicted; between them it is interpolated.
+_SIZES_TOKENS = np.array([64, 256, 512, 1024, 2048, 4096, 8192, 16384.0])
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCost:
+    """What prompts of a size cost, in tokens of an iteration of mean size.
+
+    Attention grows with the square of a prompt, and a short one still reads every expert's weights:
+    a token's cost depends on how many others share its iteration. The shape of that differs little
+    from clock to clock.
+
+    Attributes:
+        tokens: Prompt tokens of an iteration, rising, (S,).
+        equivalent_tokens: How many tokens of an iteration of mean size take as long, (S,).
+    """
+
+    tokens: NDArray[np.float64]
+    equivalent_tokens: NDArray[np.float64]
+
+    def equivalent(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Equivalents of iterations of any size, (n,)."""
+        inside = np.interp(tokens, self.tokens, self.equivalent_tokens)
+        return inside * np.where(tokens < self.tokens[0], tokens / self.tokens[0], 1.0)
+
+
+def prompt_size_shapes(
+    prefill_kv_tokens: float, batch_requests: float, context_tokens: float, tokens_limit: float
+) -> NDArray[np.float64]:
+    """Shapes whose prediction `prompt_cost` needs: no prompt, then one of each size, (1 + S, 7).
+
+    Args:
+        prefill_kv_tokens: Tokens of an iteration's prompts already in KV.
+        batch_requests: Generating requests beside it.
+        context_tokens: Their mean context.
+        tokens_limit: Most tokens of one iteration.
+    """
+    sizes = _sizes(tokens_limit)
+    shapes = np.zeros((1 + len(sizes), len(SHAPE_COLUMNS)))
+    shapes[:, 3] = shapes[:, 5] = batch_requests
+    shapes[:, 4] = batch_requests * context_tokens
+    shapes[1:, 0], shapes[1:, 1], shapes[1:, 2] = 1.0, sizes, prefill_kv_tokens
+    shapes[1:, 6] = estimated_attention_pairs(shapes[1:, 0], sizes, shapes[1:, 2])
+    return shapes
+
+
+def prompt_cost(
+    latency_seconds: NDArray[np.float64], mean_tokens: float, tokens_limit: float
+) -> PromptCost:
+    """The cost of prompts by size.
+
+    Args:
+        latency_seconds: Of `prompt_size_shapes` at one clock, (1 + S,).
+        mean_tokens: Prompt tokens of an iteration that has some.
+        tokens_limit: As given there.
+    """
+    sizes = _sizes(tokens_limit)
+    added = np.maximum.accumulate(np.maximum(latency_seconds[1:] - latency_seconds[0], 1e-9))
+    scale = mean_tokens / float(np.interp(mean_tokens, sizes, added))
+    return PromptCost(sizes, added * scale)
+
+
+def _sizes(tokens_limit: float) -> NDArray[np.float64]:
+    return np.append(_SIZES_TOKENS[tokens_limit > _SIZES_TOKENS], tokens_limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +143,8 @@ class PromptWorkEstimator:
 
     def __init__(self) -> None:
         self._rows: deque[tuple[float, float, float, float]] = deque(maxlen=_MEMORY_ITERATIONS)
+        self._decode_ends: deque[float] = deque(maxlen=_MEMORY_ITERATIONS)
+        self._decodes_count = 0
         self._last_seconds = 0.0
 
     def add(self, state: IterationState) -> None:
@@ -89,26 +156,50 @@ class PromptWorkEstimator:
             start = self._last_seconds if duration is None else end - duration
             tokens, prompts = work.sum_prefill_tokens, work.num_prefill_requests
             self._rows.append((start, end, tokens, prompts))
+        elif state.phase is Phase.COMPLETED and work.num_decode_requests:
+            self._decodes_count += 1
+            if self._decodes_count % _DECODES_STRIDE == 0:
+                self._decode_ends.append(state.engine_time_seconds)
         self._last_seconds = state.engine_time_seconds
 
-    def estimate(self) -> PromptWork | None:
-        """What was seen; None while that is too little."""
+    def equivalent_ratio(self, cost: PromptCost) -> float:
+        """Equivalents per token of the iterations that were seen; 1 while they are few."""
+        if len(self._rows) < _LEAST_ITERATIONS:
+            return 1.0
+        tokens = np.array(self._rows)[:, 2]
+        return float(cost.equivalent(tokens).sum() / tokens.sum())
+
+    def estimate(self, cost: PromptCost) -> tuple[PromptWork, PromptWork] | None:
+        """What was seen after iterations with prompts, and after ones without.
+
+        The next iteration often computes what arrived during a long one; after a short one there
+        is less of that. None while too little was seen.
+        """
         if len(self._rows) < _LEAST_ITERATIONS:
             return None
         start, end, tokens, prompts = np.array(self._rows).T
-        before = np.concatenate([[0.0], np.cumsum(tokens)])
+        came = _Came(start, np.concatenate([[0.0], np.cumsum(cost.equivalent(tokens))]))
+        after_prompts = self._measure(came, end, prompts)
+        if after_prompts is None:
+            return None
+        ends = np.array(self._decode_ends)
+        ends = ends[ends >= start[0]]
+        after_decodes = self._measure(came, ends, np.ones(len(ends)))
+        return after_prompts, after_decodes or after_prompts
+
+    def _measure(
+        self, came: _Came, begins: NDArray[np.float64], weights: NDArray[np.float64]
+    ) -> PromptWork | None:
         figures = []
         for window in _WINDOW_SECONDS:
-            seen = end + window <= self._last_seconds
+            seen = begins + window <= self._last_seconds
             if np.count_nonzero(seen) < _LEAST_ITERATIONS:
                 break
-            # Work counts by the iteration that it begins in: that one delays the next token.
-            stop = np.searchsorted(start, end[seen] + window - _SAME_MOMENT_SECONDS)
-            came = np.maximum(before[stop] - before[1:][seen], 0.0)
-            weight = prompts[seen] / prompts[seen].sum()
-            share = max(float(weight @ (came > 0)), 1e-3)
-            mean = max(float(weight @ came) / share, 1.0)
-            variance = _BURST_VARIANCE_RATIO * (float(weight @ came**2) / share - mean**2)
+            tokens = came.within(begins[seen], window)
+            weight = weights[seen] / weights[seen].sum()
+            share = max(float(weight @ (tokens > 0)), 1e-3)
+            mean = max(float(weight @ tokens) / share, 1.0)
+            variance = float(weight @ tokens**2) / share - mean**2
             figures.append((share, mean, max(variance, (_LEAST_SPREAD_RATIO * mean) ** 2)))
         if not figures:
             return None
@@ -116,3 +207,17 @@ class PromptWorkEstimator:
         shares, means, variances = np.array(figures).T.copy()
         windows = np.log(_WINDOW_SECONDS[: len(figures)])
         return PromptWork(windows, shares, np.log(means), np.log(variances))
+
+
+@dataclass(frozen=True, slots=True)
+class _Came:
+    """Prompt work by the time at which its iteration began, (n,), and its sum before, (n + 1,)."""
+
+    starts: NDArray[np.float64]
+    before: NDArray[np.float64]
+
+    def within(self, begins: NDArray[np.float64], seconds: float) -> NDArray[np.float64]:
+        """Work of iterations that began in windows of this length, from each of (m,) times."""
+        first = np.searchsorted(self.starts, begins - _SAME_MOMENT_SECONDS)
+        stop = np.searchsorted(self.starts, begins + seconds - _SAME_MOMENT_SECONDS)
+        return np.maximum(self.before[stop] - self.before[first], 0.0)

@@ -131,14 +131,16 @@ class Selector:
         feasible: NDArray[np.bool_],
         long_run_power_watts: NDArray[np.float64] | None,
         now_seconds: float,
+        weight_ratio: NDArray[np.float64] | None = None,
     ) -> tuple[int, Reason]:
-        """Choose a feasible clock of least long-run power.
+        """Choose a feasible clock of least long-run power, weighed by what it risks.
 
         Args:
             feasible: Which clocks keep every limit, (C,).
             long_run_power_watts: Power at the equilibrium of each clock, infinite where the load is
                 not carried, (C,); None while the load is not known.
             now_seconds: Engine time.
+            weight_ratio: What power is multiplied with for what each clock risks, 1 or more, (C,).
 
         Returns:
             The clock's index and the reason. A clock that is not feasible is returned only when
@@ -149,7 +151,8 @@ class Selector:
             return self.jump(fastest, now_seconds), Reason.INFEASIBLE
         if long_run_power_watts is None:
             return self.jump(self._fastest(feasible), now_seconds), Reason.POOR_INFORMATION
-        cost = np.where(feasible, long_run_power_watts, np.inf)
+        cost = long_run_power_watts if weight_ratio is None else long_run_power_watts * weight_ratio
+        cost = np.where(feasible, cost, np.inf)
         best = int(np.argmin(cost))
         if not np.isfinite(cost[best]):
             # The load is more than any feasible clock carries in the long run.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,34 @@ from throttle.daemon.recording import read_states
 from throttle.testing import FormulaPredictor
 
 pytest.importorskip("numba", reason="an optional extra")
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "azure_15s.parquet"
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "azure_15s.parquet"
+#: Prints which functions are compiled for further kinds of arguments by a recording played.
+AFTER_WARM_UP = """
+import json, sys
+from pathlib import Path
+from throttle.commands.replay import read_metadata, recorded_profile, replay
+from throttle.control.compiled import cruise, lateness, projection, prompt_work, scoreboard, slack
+from throttle.control.controller import Controller
+from throttle.control.settings import ControlSettings
+from throttle.control.warm_up import warm_up
+from throttle.daemon.recording import read_states
+from throttle.testing import FormulaPredictor
+def kinds():
+    return {
+        f"{module.__name__}.{name}": len(each.signatures)
+        for module in (cruise, lateness, projection, prompt_work, scoreboard, slack)
+        for name, each in vars(module).items()
+        if hasattr(each, "py_func") and each.signatures  # those called from Python
+    }
+path, predictor = Path(sys.argv[1]), FormulaPredictor()
+warm_up(predictor)
+before = kinds()
+profile = recorded_profile(read_metadata(path), path.name)
+for _ in replay(read_states(path), profile, Controller(profile, predictor, ControlSettings())):
+    pass
+print(json.dumps([name for name, count in kinds().items() if count != before.get(name)]))
+"""
 PREDICTOR = FormulaPredictor()
 CLOCKS = len(PREDICTOR.clocks_mhz)
 PROFILE = make_profile(kv_blocks_count=400, running_requests_limit=10, batched_tokens_limit=300)
@@ -251,6 +280,13 @@ def test_rows_advance_as_in_the_definition(running, steps, now):
     scoreboard.advance(expected, order, computed, generated, now, 3.0)
     compiled_steps().advance(found, order, computed, generated, now, 3.0)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_after_the_warm_up_no_engine_waits_for_a_compiler():
+    """In a process of its own: every other test here compiles too."""
+    command = [sys.executable, "-c", AFTER_WARM_UP, GOLDEN]
+    done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert json.loads(done.stdout) == []
 
 
 def test_compiled_and_defined_steps_decide_alike_on_the_golden_recording():

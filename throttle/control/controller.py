@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -110,6 +111,7 @@ class Controller:
         self._fastest_ratio = 1.0  # duration at the fastest clock over that at the chosen one
         self._idle_since_seconds: float | None = None
         self._known_long_run: _LongRun | None = None
+        self._working_index = self._ceiling  # clock of the last decision about work
 
     @property
     def latency_bias_ratio(self) -> float:
@@ -217,12 +219,15 @@ class Controller:
             index, reason = self._selector.jump(0, now), Reason.PARKED
         gpus = len(self._profile.gpu_uuids)
         idle = self._idle_power_watts
+        average, default = self._average_power_watts()
         return Decision(
             target_clock_mhz=int(self._clocks_mhz[index]),
             reason=reason,
             predicted_power_watts=float(idle[index]) * gpus,
             predicted_default_power_watts=float(idle[-1]) * gpus,
             cruise_clock_mhz=self._cruise_clock_mhz(),
+            long_run_power_watts=average,
+            default_long_run_power_watts=default,
         )
 
     def _decide_busy(self, state: IterationState, forecast: Forecast, now: float) -> Decision:
@@ -245,6 +250,8 @@ class Controller:
             self._late_price.expect(float(forecast.lateness.excess_ratio[index]), now)
         latency = forecast.latency_seconds
         self._fastest_ratio = float(latency[-1] / latency[index])
+        self._working_index = index
+        average, default = self._average_power_watts()
         return Decision(
             target_clock_mhz=int(self._clocks_mhz[index]),
             reason=reason,
@@ -256,6 +263,8 @@ class Controller:
             predicted_default_power_watts=float(forecast.power_watts[-1]),
             cruise_clock_mhz=self._cruise_clock_mhz(),
             lost_requests_count=forecast.slack.lost_requests_count,
+            long_run_power_watts=average,
+            default_long_run_power_watts=default,
             advice=self._advice(forecast, now) if self._profile.wants_advice else None,
         )
 
@@ -350,6 +359,23 @@ class Controller:
     def _cruise_clock_mhz(self) -> int:
         long_run = self._long_run()
         return 0 if long_run is None else long_run.cruise_clock_mhz
+
+    def _average_power_watts(self) -> tuple[float, float]:
+        """Of all GPUs at the present load: working as decided, and never throttled; 0 if unknown.
+
+        Not parked either: what is never throttled idles at its default clocks.
+        """
+        equilibrium = self._forecaster.outlook.equilibrium
+        if equilibrium is None:
+            return 0.0, 0.0
+        idle = self._idle_power_watts
+        average, default = (float(equilibrium.power_watts[at]) for at in (self._working_index, -1))
+        if self._settings.parking:
+            default += float((1.0 - equilibrium.busy_ratio[-1]) * (idle[-1] - idle[0]))
+        if not math.isfinite(average + default):
+            return 0.0, 0.0  # the load is more than one of them carries
+        gpus = len(self._profile.gpu_uuids)
+        return average * gpus, default * gpus
 
     def _row(self, forecast: Forecast, index: int, *, feasible: bool) -> ClockRow:
         slack = forecast.slack

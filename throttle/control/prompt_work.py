@@ -217,9 +217,10 @@ class PromptWorkEstimator:
         figures = self._measure(starts, before, begins, weights, self._last_seconds)
         if not len(figures):
             return None
-        shares, means, variances = figures.T
+        # rows of their own: compiled code would be compiled anew for columns
+        shares, means, variances = figures.T.copy()
         windows = np.log(WINDOW_SECONDS[: len(figures)])
-        return PromptWork(windows, shares.copy(), np.log(means), np.log(variances))
+        return PromptWork(windows, shares, np.log(means), np.log(variances))
 
 
 def measure(

@@ -45,7 +45,7 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A clock and why; the figures are predictions for the next iteration.
+    """A clock and why; what is predicted is of the next iteration unless it says otherwise.
 
     Attributes:
         target_clock_mhz: Clock to apply; 0 means the GPU's default.
@@ -58,6 +58,10 @@ class Decision:
         predicted_default_power_watts: The same at the default (fastest) clock.
         cruise_clock_mhz: Clock of least long-run power; 0 while the load is not known.
         lost_requests_count: Requests that no clock can save.
+        long_run_power_watts: Average power of all GPUs of the engine at the present load, idle time
+            included, if work is always done at this clock; 0 while the load is not known.
+        default_long_run_power_watts: The same, had the GPUs always been at default clocks: what is
+            saved is the difference. Fewer requests are batched there, so more iterations are run.
         advice: On what is not decided here; None where the engine did not ask.
     """
 
@@ -71,6 +75,8 @@ class Decision:
     predicted_default_power_watts: float = 0.0
     cruise_clock_mhz: int = 0
     lost_requests_count: int = 0
+    long_run_power_watts: float = 0.0
+    default_long_run_power_watts: float = 0.0
     advice: Advice | None = None
 
 

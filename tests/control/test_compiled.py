@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from tests.control.scenes import make_live, make_profile, make_row
 from throttle.commands.replay import read_metadata, recorded_profile, replay
 from throttle.control import scoreboard
+from throttle.control.arrivals import OfferedLoad
 from throttle.control.compilation import compiled_steps
 from throttle.control.controller import Controller
-from throttle.control.cruise import Interruptions
+from throttle.control.cruise import CarryingLimits, Interruptions, equilibrium_shapes, settle
 from throttle.control.feedback import PredictionFeedback
 from throttle.control.lateness import EndingShares, Newcomers, PromptDelay, expect_lateness
 from throttle.control.lengths import LengthBeliefs, RequestLengths
 from throttle.control.projection import Successors, project
-from throttle.control.prompt_work import PromptWork
+from throttle.control.prompt_work import PromptWork, measure
 from throttle.control.scoreboard import Column
 from throttle.control.settings import ControlSettings
 from throttle.control.slack import Guards, measure_slack
@@ -39,7 +40,7 @@ AFTER_WARM_UP = """
 import json, sys
 from pathlib import Path
 from throttle.commands.replay import read_metadata, recorded_profile, replay
-from throttle.control.compiled import lateness, projection, scoreboard, slack
+from throttle.control.compiled import cruise, lateness, projection, prompt_work, scoreboard, slack
 from throttle.control.controller import Controller
 from throttle.control.settings import ControlSettings
 from throttle.control.warm_up import warm_up
@@ -48,7 +49,7 @@ from throttle.testing import FormulaPredictor
 def kinds():
     return {
         f"{module.__name__}.{name}": len(each.signatures)
-        for module in (lateness, projection, scoreboard, slack)
+        for module in (cruise, lateness, projection, prompt_work, scoreboard, slack)
         for name, each in vars(module).items()
         if hasattr(each, "py_func") and each.signatures  # those called from Python
     }
@@ -304,3 +305,38 @@ def test_compiled_and_defined_steps_decide_alike_on_the_golden_recording():
     assert decisions[0] == decisions[1]
     golden = json.loads(GOLDEN.with_suffix(".json").read_text())
     assert [list(each) for each in decisions[0]] == golden
+
+
+@QUIETLY
+@given(
+    tokens_per_second=st.floats(0.1, 20_000.0),
+    prompts_per_second=st.floats(0.0, 40.0),
+    limit=st.sampled_from([8, 64, 512]),
+)
+def test_the_balance_is_that_of_the_definition(tokens_per_second, prompts_per_second, limit):
+    load = OfferedLoad(
+        600.0 * prompts_per_second, prompts_per_second, 1.2, 0.0, tokens_per_second, 700.0
+    )
+    limits = CarryingLimits(float(limit), 1e6, 0.05, 1.0)
+    prediction = PREDICTOR.predict(equilibrium_shapes(load, limits))
+    idle = PREDICTOR.idle_power_watts
+    expected = settle(load, limits, prediction, idle)
+    found = settle(load, limits, prediction, idle, balanced=compiled_steps().balance)
+    for field in ("power_watts", "batch_requests", "busy_ratio", "tpot_seconds"):
+        np.testing.assert_allclose(getattr(found, field), getattr(expected, field), rtol=1e-9)
+
+
+@QUIETLY
+@given(
+    gaps=st.lists(st.floats(0.0, 3.0), min_size=2, max_size=80),
+    tokens=st.lists(st.floats(1.0, 9000.0), min_size=80, max_size=80),
+    begins=st.lists(st.floats(0.0, 60.0), max_size=80),
+    known=st.floats(0.0, 80.0),
+)
+def test_the_measured_work_is_that_of_the_definition(gaps, tokens, begins, known):
+    starts = np.cumsum(gaps)
+    before = np.concatenate([[0.0], np.cumsum(tokens[: len(gaps)])])
+    arguments = (starts, before, np.sort(begins), np.linspace(1.0, 3.0, len(begins)), known)
+    np.testing.assert_allclose(
+        compiled_steps().measure_work(*arguments), measure(*arguments), rtol=1e-7, atol=1e-9
+    )

@@ -17,6 +17,7 @@ from throttle.control.cruise import (
     CarryingLimits,
     Equilibrium,
     Interruptions,
+    balance,
     equilibrium_shapes,
     expect_interruptions,
     growth_limit_ratio,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from throttle.control.arrivals import OfferedLoad
+    from throttle.control.compilation import CompiledSteps
     from throttle.control.lengths import LengthCurve
     from throttle.control.projection import Horizon
     from throttle.control.settings import ControlSettings
@@ -55,6 +57,7 @@ class Outlook:
         settings: What the operator tuned.
         idle_power_watts: Power of one GPU while nothing runs, at every clock, (C,).
         ceiling: Index of the fastest clock that may be chosen.
+        steps: Compiled code to use; None for the definitions.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class Outlook:
         settings: ControlSettings,
         idle_power_watts: NDArray[np.float64],
         ceiling: int,
+        steps: CompiledSteps | None = None,
     ) -> None:
+        self._balance = balance if steps is None else steps.balance
         self._profile = profile
         self._ceiling = ceiling
         self._settings = settings
@@ -74,7 +79,7 @@ class Outlook:
         self._load = LoadEstimator(
             settings.load_time_constant_seconds, settings.load_settling_seconds
         )
-        self._prompt_work = PromptWorkEstimator()
+        self._prompt_work = PromptWorkEstimator(None if steps is None else steps.measure_work)
         self._works: tuple[PromptWork, PromptWork] | None = None
         self._interruptions: Interruptions | None = None
         self._equilibrium: Equilibrium | None = None
@@ -163,8 +168,10 @@ class Outlook:
             raise RuntimeError("no load is known; settle() takes the prediction of due_shapes()")
         resting = self._resting_power_watts
         prediction, cost = self._split(prediction, load)
-        equilibrium = settle(load, self._limits, prediction, resting)
-        self._refund_watts = refund_watts(load, self._limits, prediction, equilibrium, resting)
+        equilibrium = settle(load, self._limits, prediction, resting, balanced=self._balance)
+        self._refund_watts = refund_watts(
+            load, self._limits, prediction, equilibrium, resting, balanced=self._balance
+        )
         self._works = self._prompt_work.estimate(cost)
         self._equilibrium = equilibrium
         self._interruptions = expect_interruptions(

@@ -19,22 +19,37 @@ from predictors.prediction import SHAPE_COLUMNS, estimated_attention_pairs
 from throttle.control.state import Phase
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from throttle.control.state import IterationState
 
+    Measure = Callable[
+        [
+            NDArray[np.float64],
+            NDArray[np.float64],
+            NDArray[np.float64],
+            NDArray[np.float64],
+            float,
+        ],
+        NDArray[np.float64],
+    ]
+
 #: Lengths of the windows: from half a fast iteration to where bursts have averaged out.
-_WINDOW_SECONDS = np.geomspace(0.02, 8.0, 16)
+WINDOW_SECONDS = np.geomspace(0.02, 8.0, 16)
 #: Prompt iterations remembered: about a minute of a busy engine.
 _MEMORY_ITERATIONS = 1024
 #: Fewer of them tell nothing yet.
-_LEAST_ITERATIONS = 20
+LEAST_ITERATIONS = 20
 #: Of the iterations without prompts, one in so many begins a window.
 _DECODES_STRIDE = 4
 #: A work window begins with the iteration after the one that it is measured from.
-_SAME_MOMENT_SECONDS = 1e-4
+SAME_MOMENT_SECONDS = 1e-4
+#: Fewer windows with work than this share are never believed.
+LEAST_SHARE = 1e-3
 #: Spread of the tokens in one window, as a share of their mean, is never believed to be less.
-_LEAST_SPREAD_RATIO = 0.3
+LEAST_SPREAD_RATIO = 0.3
 
 
 #: Prompt tokens of one iteration at which its cost is predicted; between them it is interpolated.
@@ -139,9 +154,14 @@ class PromptWork:
 
 
 class PromptWorkEstimator:
-    """Remembers the prompt iterations of about the last minute."""
+    """Remembers the prompt iterations of about the last minute.
 
-    def __init__(self) -> None:
+    Args:
+        measured: `measure`, or its compiled form.
+    """
+
+    def __init__(self, measured: Measure | None = None) -> None:
+        self._measure = measured or measure
         self._rows: deque[tuple[float, float, float, float]] = deque(maxlen=_MEMORY_ITERATIONS)
         self._decode_ends: deque[float] = deque(maxlen=_MEMORY_ITERATIONS)
         self._decodes_count = 0
@@ -164,7 +184,7 @@ class PromptWorkEstimator:
 
     def equivalent_ratio(self, cost: PromptCost) -> float:
         """Equivalents per token of the iterations that were seen; 1 while they are few."""
-        if len(self._rows) < _LEAST_ITERATIONS:
+        if len(self._rows) < LEAST_ITERATIONS:
             return 1.0
         tokens = np.array(self._rows)[:, 2]
         return float(cost.equivalent(tokens).sum() / tokens.sum())
@@ -175,49 +195,65 @@ class PromptWorkEstimator:
         The next iteration often computes what arrived during a long one; after a short one there
         is less of that. None while too little was seen.
         """
-        if len(self._rows) < _LEAST_ITERATIONS:
+        if len(self._rows) < LEAST_ITERATIONS:
             return None
         start, end, tokens, prompts = np.array(self._rows).T
-        came = _Came(start, np.concatenate([[0.0], np.cumsum(cost.equivalent(tokens))]))
-        after_prompts = self._measure(came, end, prompts)
+        before = np.concatenate([[0.0], np.cumsum(cost.equivalent(tokens))])
+        after_prompts = self._work(start, before, end, prompts)
         if after_prompts is None:
             return None
         ends = np.array(self._decode_ends)
         ends = ends[ends >= start[0]]
-        after_decodes = self._measure(came, ends, np.ones(len(ends)))
+        after_decodes = self._work(start, before, ends, np.ones(len(ends)))
         return after_prompts, after_decodes or after_prompts
 
-    def _measure(
-        self, came: _Came, begins: NDArray[np.float64], weights: NDArray[np.float64]
+    def _work(
+        self,
+        starts: NDArray[np.float64],
+        before: NDArray[np.float64],
+        begins: NDArray[np.float64],
+        weights: NDArray[np.float64],
     ) -> PromptWork | None:
-        figures = []
-        for window in _WINDOW_SECONDS:
-            seen = begins + window <= self._last_seconds
-            if np.count_nonzero(seen) < _LEAST_ITERATIONS:
-                break
-            tokens = came.within(begins[seen], window)
-            weight = weights[seen] / weights[seen].sum()
-            share = max(float(weight @ (tokens > 0)), 1e-3)
-            mean = max(float(weight @ tokens) / share, 1.0)
-            variance = float(weight @ tokens**2) / share - mean**2
-            figures.append((share, mean, max(variance, (_LEAST_SPREAD_RATIO * mean) ** 2)))
-        if not figures:
+        figures = self._measure(starts, before, begins, weights, self._last_seconds)
+        if not len(figures):
             return None
         # rows of their own: compiled code would be compiled anew for columns
-        shares, means, variances = np.array(figures).T.copy()
-        windows = np.log(_WINDOW_SECONDS[: len(figures)])
+        shares, means, variances = figures.T.copy()
+        windows = np.log(WINDOW_SECONDS[: len(figures)])
         return PromptWork(windows, shares, np.log(means), np.log(variances))
 
 
-@dataclass(frozen=True, slots=True)
-class _Came:
-    """Prompt work by the time at which its iteration began, (n,), and its sum before, (n + 1,)."""
+def measure(
+    starts: NDArray[np.float64],
+    before: NDArray[np.float64],
+    begins: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    now_seconds: float,
+) -> NDArray[np.float64]:
+    """Prompt work in windows of every length that were seen to their end often enough.
 
-    starts: NDArray[np.float64]
-    before: NDArray[np.float64]
+    Args:
+        starts: When iterations with prompts began, rising, (n,).
+        before: The work of all before each, and of all, (n + 1,).
+        begins: When windows begin, rising, (m,).
+        weights: What each window counts, positive, (m,).
+        now_seconds: Until when everything is known.
 
-    def within(self, begins: NDArray[np.float64], seconds: float) -> NDArray[np.float64]:
-        """Work of iterations that began in windows of this length, from each of (m,) times."""
-        first = np.searchsorted(self.starts, begins - _SAME_MOMENT_SECONDS)
-        stop = np.searchsorted(self.starts, begins + seconds - _SAME_MOMENT_SECONDS)
-        return np.maximum(self.before[stop] - self.before[first], 0.0)
+    Returns:
+        Share of windows with work, and the mean and variance of work in those, (W, 3).
+    """
+    figures = []
+    for window in WINDOW_SECONDS:
+        seen = begins + window <= now_seconds
+        if np.count_nonzero(seen) < LEAST_ITERATIONS:
+            break
+        # Work counts by the iteration that it begins in: that one delays the next token.
+        first = np.searchsorted(starts, begins[seen] - SAME_MOMENT_SECONDS)
+        stop = np.searchsorted(starts, begins[seen] + window - SAME_MOMENT_SECONDS)
+        came = np.maximum(before[stop] - before[first], 0.0)
+        weight = weights[seen] / weights[seen].sum()
+        share = max(float(weight @ (came > 0)), LEAST_SHARE)
+        mean = max(float(weight @ came) / share, 1.0)
+        variance = float(weight @ came**2) / share - mean**2
+        figures.append((share, mean, max(variance, (LEAST_SPREAD_RATIO * mean) ** 2)))
+    return np.array(figures).reshape(-1, 3)

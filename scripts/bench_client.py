@@ -3,10 +3,11 @@
     python scripts/bench_client.py [--iterations 3000] [--json FILE]
 
 Measured on the calling thread, as an engine would feel it: the hand-over (`submit`) alone, and the
-whole of what the vLLM adapters do. Calls are paced as iterations are; between them the thread
-sleeps, as a thread that waits for a GPU does. Also the processor time of the whole process per
-iteration, with what serializes and sends in the background, and the time of a fixed computation,
-which tells how fast this machine is at the moment.
+whole of what the vLLM adapters do, which report from a process beside the engine; then the same
+with a `ThrottleClient` in the engine's own process. Calls are paced as iterations are; between them
+the thread sleeps, as a thread that waits for a GPU does. Also the processor time of the engine's
+process per iteration, with all of its threads, and the time of a fixed computation, which tells how
+fast this machine is at the moment.
 """
 
 from __future__ import annotations
@@ -19,19 +20,24 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import grpc
 import numpy as np
 
 from throttle.actuation.simulated import SimulatedGpu, SimulatedGpuFile
 from throttle.client import ThrottleClient
+from throttle.engines.options import EngineOptions
 from throttle.engines.reporter import Reporter
+from throttle.engines.sender_process import SenderProcess
 from throttle.engines.vllm_schedule import SchedulerTap
 from throttle.engines.vllm_statistics import StatisticsReader
-from throttle.v1 import engine_pb2
+from throttle.v1 import engine_pb2, throttle_service_pb2, throttle_service_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from throttle.engines.reporter import StateSink
 
 RUNNING = 256
 GPU = "GPU-simulated-0"
@@ -55,14 +61,9 @@ def _registration() -> engine_pb2.EngineRegistration:
 class _TimedSink:
     """Times `submit` by itself."""
 
-    def __init__(self, client: ThrottleClient) -> None:
+    def __init__(self, client: StateSink) -> None:
         self._client = client
         self.seconds: list[float] = []
-
-    @property
-    def latest_decision(self) -> Any:  # noqa: ANN401
-        """Of the client."""
-        return self._client.latest_decision
 
     def submit(self, state: engine_pb2.IterationState) -> None:
         """Pass on."""
@@ -147,12 +148,32 @@ def _scheduler_steps() -> Callable[[Reporter], None]:
     return step
 
 
+def _states_count(target: str) -> int | None:
+    """States that the daemon has received of its only engine; None before it registers."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(target, options=options) as channel:
+        status = throttle_service_pb2_grpc.ThrottleServiceStub(channel).GetStatus(
+            throttle_service_pb2.GetStatusRequest(), timeout=10.0, wait_for_ready=True
+        )
+    return status.engines[0].states_count if status.engines else None
+
+
+def _until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{what}: not within {seconds} s")
+        time.sleep(0.05)
+
+
 def _measure(
-    target: str, step: Callable[[Reporter], None], iterations: int, pace_seconds: float
+    target: str,
+    client: StateSink,
+    step: Callable[[Reporter], None],
+    iterations: int,
+    pace_seconds: float,
 ) -> dict[str, float]:
-    client = ThrottleClient(_registration(), target)
-    if not client.wait_until_connected(30.0):
-        raise SystemExit(f"no daemon: {client.last_error}")
+    _until(lambda: _states_count(target) is not None, "registration")
     sink = _TimedSink(client)
     reporter = Reporter(sink, tells_arrivals=False)
     whole = []
@@ -162,10 +183,11 @@ def _measure(
         started = time.perf_counter()
         step(reporter)
         whole.append(time.perf_counter() - started)
-    client.wait_until_sent(10.0)
     processor_seconds = time.process_time() - processor_started
-    statistics = client.statistics
+    # what is not sent costs nothing
+    _until(lambda: _states_count(target) == iterations, "every state at the daemon")
     reporter.close()
+    _until(lambda: _states_count(target) is None, "the stream's end")
     warm = iterations // 10
     result = {
         f"{what}_{name}_microseconds": round(1e6 * float(np.quantile(values[warm:], share)), 1)
@@ -175,7 +197,6 @@ def _measure(
     return result | {
         "processor_microseconds": round(1e6 * processor_seconds / iterations, 1),
         "fixed_computation_microseconds": round(1e6 * _fixed_computation_seconds(), 1),
-        "overtaken_count": statistics.overtaken_count,
     }
 
 
@@ -192,7 +213,7 @@ def _fixed_computation_seconds() -> float:
 
 
 def main() -> None:
-    """Print p50 and p99 of both adapters, with a daemon and without one."""
+    """Print p50 and p99 of both adapters, reporting from beside the engine and from within it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iterations", type=int, default=3000)
     parser.add_argument("--pace-seconds", type=float, default=0.005)
@@ -210,17 +231,22 @@ def main() -> None:
         with (root / "log").open("wb") as log:
             daemon = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)  # noqa: S603 - our own
         try:
-            for name, make in (
+            target = f"unix:{root}/throttle.sock"
+            for adapter, make in (
                 ("stat_logger", _stat_logger_steps),
                 ("scheduler", _scheduler_steps),
             ):
-                results[name] = _measure(
-                    f"unix:{root}/throttle.sock",
-                    make(),
-                    arguments.iterations,
-                    arguments.pace_seconds,
-                )
-                print(name, json.dumps(results[name]))
+                for place in ("beside", "within"):
+                    client = (
+                        SenderProcess(EngineOptions(target), _registration())
+                        if place == "beside"
+                        else ThrottleClient(_registration(), target)
+                    )
+                    name = f"{adapter}_{place}"
+                    results[name] = _measure(
+                        target, client, make(), arguments.iterations, arguments.pace_seconds
+                    )
+                    print(name, json.dumps(results[name]))
         finally:
             daemon.terminate()
             daemon.wait()

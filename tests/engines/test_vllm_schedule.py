@@ -3,6 +3,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.engines.samples import lines, namespace
 from throttle.daemon.messages import StateReader
@@ -127,6 +129,99 @@ def test_the_queue_is_every_request_that_lives_and_does_not_run(states):
         if state.phase == COMPLETED:
             queued = state.queued.num_prefill_requests + state.queued.num_decode_requests
             assert queued == len(alive) - len(state.progress.request_numbers)
+
+
+class Scheduler:
+    """A played scheduler: chunks of 16 prompt tokens, then one output token a step."""
+
+    def __init__(self):
+        self.tap = SchedulerTap()
+        self.numbers, self.requests = {}, {}
+        self.running, self.waiting, self.preempted = [], [], []
+
+    def join(self, prompt):
+        name = f"r{len(self.numbers)}"
+        self.numbers[name] = len(self.numbers) + 1
+        request = SimpleNamespace(
+            request_id=name,
+            num_prompt_tokens=prompt,
+            num_computed_tokens=0,
+            num_output_tokens=0,
+        )
+        self.requests[name] = request
+        self.tap.arrive(request, 0.0, 0.0)
+        self.waiting.append(request)
+
+    def leave(self, _):
+        if self.running:
+            del self.requests[self.running.pop(0).request_id]
+
+    def turn(self, _):
+        self.running.reverse()
+
+    def preempt(self, _):
+        if self.running:
+            self.preempted = [self.running.pop()]
+            self.preempted[0].num_computed_tokens = 0
+
+    def nothing(self, _):
+        pass
+
+    def step(self, now):
+        """Returns the completed state; None where nothing ran."""
+        started = [] if self.preempted else self.waiting
+        cached = [r for r in [*self.running, *started] if r.num_output_tokens or r in self.running]
+        output = SimpleNamespace(
+            num_scheduled_tokens={r.request_id: _due(r) for r in [*self.running, *started]},
+            scheduled_new_reqs=[
+                SimpleNamespace(req_id=r.request_id, num_computed_tokens=0)
+                for r in started
+                if not r.num_output_tokens
+            ],
+            preempted_req_ids={r.request_id for r in self.preempted},
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=[r.request_id for r in cached],
+                num_computed_tokens=[r.num_computed_tokens for r in cached],
+                num_output_tokens=[r.num_output_tokens for r in cached],
+                resumed_req_ids={r.request_id for r in started if r.num_output_tokens},
+            ),
+        )
+        self.running += started
+        self.waiting = [r for r in self.waiting if r not in started] + self.preempted
+        self.preempted = []
+        self.tap.plan(output, self.requests, now)
+        for request in self.running:
+            request.num_computed_tokens += _due(request)
+            if request.num_computed_tokens >= _full(request):
+                request.num_output_tokens += 1
+        return self.tap.complete(output, self.requests, self.running, 0.5, now + 0.5)
+
+
+def _full(request):
+    return request.num_prompt_tokens + request.num_output_tokens
+
+
+def _due(request):
+    return max(min(16, _full(request) - request.num_computed_tokens), 1)
+
+
+MOVES = st.sampled_from(["join", "leave", "turn", "preempt", "nothing"])
+
+
+@given(moves=st.lists(st.tuples(MOVES, st.integers(1, 40)), max_size=40))
+def test_progress_is_right_whoever_joins_leaves_changes_places_or_is_preempted(moves):
+    """Against reading every request anew in each step."""
+    scheduler = Scheduler()
+    for now, (move, prompt) in enumerate(moves):
+        getattr(scheduler, move)(prompt)
+        state = scheduler.step(float(now))
+        if state is None:
+            continue
+        progress, running = state.progress, scheduler.running
+        assert [scheduler.numbers[r.request_id] for r in running] == progress.request_numbers
+        assert [r.num_output_tokens for r in running] == progress.generated_tokens
+        computed = [min(r.num_computed_tokens, r.num_prompt_tokens) for r in running]
+        assert computed == progress.computed_prompt_tokens
 
 
 def test_progress_holds_each_running_requests_own_numbers():

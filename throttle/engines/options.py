@@ -17,6 +17,8 @@ from throttle.v1 import engine_pb2
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import grpc
+
 #: gRPC target of the daemon, such as `unix:///run/throttle/throttle.sock`. Unset: the adapters do
 #: nothing.
 ADDRESS_VARIABLE: Final = "THROTTLE_ADDRESS"
@@ -114,6 +116,20 @@ class EngineOptions:
         for name, seconds in (self.slos or {}).items():
             setattr(registration.default_slos, name, seconds)
 
+    def read_credentials(self) -> tuple[grpc.ChannelCredentials | None, str]:
+        """TLS credentials, None for plaintext, and the bearer token, empty for none.
+
+        Raises:
+            OSError: A certificate, key or token cannot be read.
+            ValueError: One of them is unusable.
+        """
+        credentials = None
+        if self.ca_file:
+            credentials = tls_credentials(
+                self.ca_file, self.certificate_file or None, self.key_file or None
+            )
+        return credentials, read_token(self.token_file) if self.token_file else ""
+
     def connect(
         self,
         registration: engine_pb2.EngineRegistration,
@@ -125,16 +141,12 @@ class EngineOptions:
             OSError: A certificate, key or token cannot be read.
             ValueError: One of them is unusable, or the registration is.
         """
-        credentials = None
-        if self.ca_file:
-            credentials = tls_credentials(
-                self.ca_file, self.certificate_file or None, self.key_file or None
-            )
+        credentials, token = self.read_credentials()
         return ThrottleClient(
             registration,
             self.address,
             credentials=credentials,
-            token=read_token(self.token_file) if self.token_file else "",
+            token=token,
             completed_states_limit=completed_states_limit,
         )
 

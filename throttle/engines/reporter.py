@@ -12,8 +12,6 @@ from throttle.v1 import engine_pb2
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from throttle.v1 import decision_pb2
-
 #: Time between the heartbeats of an idle engine; well below the shortest usual lease.
 HEARTBEAT_SECONDS: Final = 1.0
 
@@ -21,11 +19,7 @@ _log = logging.getLogger("throttle.engines")
 
 
 class StateSink(Protocol):
-    """What takes states: `ThrottleClient`, or a list's front in tests."""
-
-    @property
-    def latest_decision(self) -> decision_pb2.Decision | None:
-        """The newest decision."""
+    """What takes states: `ThrottleClient`, `SenderProcess`, or a list's front in tests."""
 
     def submit(self, state: engine_pb2.IterationState) -> None:
         """Take a state."""

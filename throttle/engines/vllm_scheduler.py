@@ -18,6 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from throttle.engines.options import EngineOptions
 from throttle.engines.reporter import Reporter
+from throttle.engines.sender_process import connect_aside
 from throttle.engines.vllm_registration import read_path, vllm_registration
 from throttle.engines.vllm_schedule import SchedulerTap
 
@@ -129,7 +130,7 @@ def _connect(scheduler: Any) -> Reporter | None:
             kv_blocks_count=read_path(scheduler, "kv_cache_config.num_blocks", 0),
             kv_block_tokens=read_path(scheduler, "block_size", 0),
         )
-        reporter = Reporter(options.connect(registration), tells_arrivals=True)
+        reporter = Reporter(connect_aside(options, registration), tells_arrivals=True)
     except Exception as error:  # noqa: BLE001 - the engine serves on without throttling
         _log.error("throttle is off: %s", error)
         return None

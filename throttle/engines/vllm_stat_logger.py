@@ -14,6 +14,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from throttle.engines.options import EngineOptions
 from throttle.engines.reporter import Reporter
+from throttle.engines.sender_process import connect_aside
 from throttle.engines.vllm_registration import read_path, vllm_registration
 from throttle.engines.vllm_statistics import StatisticsReader
 
@@ -49,7 +50,8 @@ class ThrottleStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM has no t
             registration = vllm_registration(
                 self._vllm_config, self._options, engine_index=self._engine_index
             )
-            self._reporter = Reporter(self._options.connect(registration), tells_arrivals=False)
+            sink = connect_aside(self._options, registration)
+            self._reporter = Reporter(sink, tells_arrivals=False)
         except Exception as error:  # noqa: BLE001 - the engine serves on without throttling
             _log.error("throttle is off: %s", error)
             return

@@ -27,6 +27,7 @@ from soak_report import Report
 
 from throttle.actuation.simulated import SimulatedGpuFile
 from throttle.commands.playing import gpu_entries, wait_until_reachable
+from throttle.errors import ThrottleError
 from throttle.simulation.plant import Plant
 
 if TYPE_CHECKING:
@@ -69,7 +70,11 @@ class Daemon:
                 ],
                 stdout=log, stderr=log, env={**ENVIRONMENT, **os.environ},
             )  # fmt: skip
-        wait_until_reachable(self.target, 120.0, lambda: self.process.poll() is None)
+        try:
+            wait_until_reachable(self.target, 120.0, lambda: self.process.poll() is None)
+        except ThrottleError:
+            self.process.terminate()
+            raise
 
     def metrics(self) -> dict[str, float]:
         """Every sample, summed over its labels, histogram buckets apart."""

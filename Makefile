@@ -41,7 +41,7 @@ test-container: .stamp-dev  ## build the image without a Docker engine, run it, 
 	$(BIN)/pytest -m container -rs -s --timeout 3600 tests/container
 
 test-soak: .stamp-dev  ## 32 simulated engines that connect, crash and return, for SOAK_MINUTES (30)
-	$(BIN)/python scripts/soak.py --minutes $${SOAK_MINUTES:-30} --requests-per-second $${SOAK_REQUESTS_PER_SECOND:-8} --out out/soak
+	$(BIN)/python scripts/soak.py --minutes $${SOAK_MINUTES:-30} --iterations-per-second $${SOAK_ITERATIONS_PER_SECOND:-50} --out out/soak
 
 test-threats: .stamp-dev  ## remove each defence of docs/security.md in a copy; its test must fail
 	$(BIN)/python scripts/check_threats.py

@@ -67,6 +67,15 @@ def test_the_backend_locks_resets_and_reads(file):
         backend.set_maximum_clock("GPU-a", 0)
 
 
+def test_counters_go_on_when_another_process_takes_the_gpu_over(file):
+    file.gpu("GPU-a").publish(345.0, 100.0, 50.0, 0.5)
+    successor = file.gpu("GPU-a")
+    assert file.gpu("GPU-b").counted_joules == 0.0
+    for seconds in (1.0, 2.0):
+        successor.publish(345.0, 100.0, 100.0 * seconds, seconds)
+    assert file.read_telemetry("GPU-a") == GpuReading(345, 100.0, 250.0, 2.5)
+
+
 def test_telemetry_is_never_a_mix_of_two_writes(file, tmp_path):
     stop = threading.Event()
 

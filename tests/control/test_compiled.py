@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,15 @@ from hypothesis import strategies as st
 from tests.control.scenes import make_live, make_profile, make_row
 from throttle.commands.replay import read_metadata, recorded_profile, replay
 from throttle.control import scoreboard
+from throttle.control.arrivals import OfferedLoad
 from throttle.control.compilation import compiled_steps
 from throttle.control.controller import Controller
-from throttle.control.cruise import Interruptions
+from throttle.control.cruise import CarryingLimits, Interruptions, equilibrium_shapes, settle
 from throttle.control.feedback import PredictionFeedback
 from throttle.control.lateness import EndingShares, Newcomers, PromptDelay, expect_lateness
 from throttle.control.lengths import LengthBeliefs, RequestLengths
 from throttle.control.projection import Successors, project
-from throttle.control.prompt_work import PromptWork
+from throttle.control.prompt_work import PromptWork, measure
 from throttle.control.scoreboard import Column
 from throttle.control.settings import ControlSettings
 from throttle.control.slack import Guards, measure_slack
@@ -30,7 +33,34 @@ from throttle.daemon.recording import read_states
 from throttle.testing import FormulaPredictor
 
 pytest.importorskip("numba", reason="an optional extra")
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "azure_15s.parquet"
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "azure_15s.parquet"
+#: Prints which functions are compiled for further kinds of arguments by a recording played.
+AFTER_WARM_UP = """
+import json, sys
+from pathlib import Path
+from throttle.commands.replay import read_metadata, recorded_profile, replay
+from throttle.control.compiled import cruise, lateness, projection, prompt_work, scoreboard, slack
+from throttle.control.controller import Controller
+from throttle.control.settings import ControlSettings
+from throttle.control.warm_up import warm_up
+from throttle.daemon.recording import read_states
+from throttle.testing import FormulaPredictor
+def kinds():
+    return {
+        f"{module.__name__}.{name}": len(each.signatures)
+        for module in (cruise, lateness, projection, prompt_work, scoreboard, slack)
+        for name, each in vars(module).items()
+        if hasattr(each, "py_func") and each.signatures  # those called from Python
+    }
+path, predictor = Path(sys.argv[1]), FormulaPredictor()
+warm_up(predictor)
+before = kinds()
+profile = recorded_profile(read_metadata(path), path.name)
+for _ in replay(read_states(path), profile, Controller(profile, predictor, ControlSettings())):
+    pass
+print(json.dumps([name for name, count in kinds().items() if count != before.get(name)]))
+"""
 PREDICTOR = FormulaPredictor()
 CLOCKS = len(PREDICTOR.clocks_mhz)
 PROFILE = make_profile(kv_blocks_count=400, running_requests_limit=10, batched_tokens_limit=300)
@@ -178,7 +208,7 @@ def test_the_lateness_is_that_of_the_definition(running, waiting, work, coming, 
         np.log(300.0 * np.maximum(rate * WINDOWS, 1.0)),
         np.log(400.0**2 * np.maximum(rate * WINDOWS, 1.0)),
     )
-    newcomers = Newcomers(BELIEFS.everyone, 0.05, rate, 300.0 * rate) if coming else None
+    newcomers = Newcomers(BELIEFS.everyone, 0.05, rate) if coming else None
     ends = np.cumsum(horizon.iterations)
     after = np.maximum(ends - horizon.iterations_at(horizon.first_tokens)[:, None], 0.0)
     before = np.broadcast_to(ends, (len(horizon.decodes), len(ends)))
@@ -252,6 +282,13 @@ def test_rows_advance_as_in_the_definition(running, steps, now):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_after_the_warm_up_no_engine_waits_for_a_compiler():
+    """In a process of its own: every other test here compiles too."""
+    command = [sys.executable, "-c", AFTER_WARM_UP, GOLDEN]
+    done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert json.loads(done.stdout) == []
+
+
 def test_compiled_and_defined_steps_decide_alike_on_the_golden_recording():
     profile = recorded_profile(read_metadata(GOLDEN), GOLDEN.name)
     decisions = [
@@ -268,3 +305,38 @@ def test_compiled_and_defined_steps_decide_alike_on_the_golden_recording():
     assert decisions[0] == decisions[1]
     golden = json.loads(GOLDEN.with_suffix(".json").read_text())
     assert [list(each) for each in decisions[0]] == golden
+
+
+@QUIETLY
+@given(
+    tokens_per_second=st.floats(0.1, 20_000.0),
+    prompts_per_second=st.floats(0.0, 40.0),
+    limit=st.sampled_from([8, 64, 512]),
+)
+def test_the_balance_is_that_of_the_definition(tokens_per_second, prompts_per_second, limit):
+    load = OfferedLoad(
+        600.0 * prompts_per_second, prompts_per_second, 1.2, 0.0, tokens_per_second, 700.0
+    )
+    limits = CarryingLimits(float(limit), 1e6, 0.05, 1.0)
+    prediction = PREDICTOR.predict(equilibrium_shapes(load, limits))
+    idle = PREDICTOR.idle_power_watts
+    expected = settle(load, limits, prediction, idle)
+    found = settle(load, limits, prediction, idle, balanced=compiled_steps().balance)
+    for field in ("power_watts", "batch_requests", "busy_ratio", "tpot_seconds"):
+        np.testing.assert_allclose(getattr(found, field), getattr(expected, field), rtol=1e-9)
+
+
+@QUIETLY
+@given(
+    gaps=st.lists(st.floats(0.0, 3.0), min_size=2, max_size=80),
+    tokens=st.lists(st.floats(1.0, 9000.0), min_size=80, max_size=80),
+    begins=st.lists(st.floats(0.0, 60.0), max_size=80),
+    known=st.floats(0.0, 80.0),
+)
+def test_the_measured_work_is_that_of_the_definition(gaps, tokens, begins, known):
+    starts = np.cumsum(gaps)
+    before = np.concatenate([[0.0], np.cumsum(tokens[: len(gaps)])])
+    arguments = (starts, before, np.sort(begins), np.linspace(1.0, 3.0, len(begins)), known)
+    np.testing.assert_allclose(
+        compiled_steps().measure_work(*arguments), measure(*arguments), rtol=1e-7, atol=1e-9
+    )

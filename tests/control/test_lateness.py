@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from tests.control.scenes import make_live, make_profile, make_row
 from throttle.control.lateness import (
     EndingShares,
-    LateBudget,
     Newcomers,
     PromptDelay,
     expect_lateness,
@@ -89,7 +88,7 @@ def test_a_slower_clock_never_makes_fewer_answers_late(running, newcomers):
         make_row(i + 1, generated=g, first_token=t, tpot=tpot)
         for i, (g, t, tpot) in enumerate(running)
     ]
-    coming = Newcomers(LengthCurve(), 0.05, 5.0, 2500.0) if newcomers else None
+    coming = Newcomers(LengthCurve(), 0.05, 5.0) if newcomers else None
     lateness = _lateness(rows, now=5.0, newcomers=coming)
     assert (np.diff(lateness.excess_ratio) <= 1e-12).all()
     assert lateness.excess_ratio[-1] == pytest.approx(0.0, abs=1e-9)
@@ -128,7 +127,7 @@ def test_short_answers_are_more_easily_late_than_long_ones():
         lengths = LengthCurve()
         for _ in range(2000):
             lengths.add(length, censored=False)
-        return Newcomers(lengths, 0.03, 50.0, 2500.0)
+        return Newcomers(lengths, 0.03, 50.0)
 
     row = make_row(1, generated=3, first_token=0.99)
     short = _lateness([row], newcomers=coming(3)).excess_ratio
@@ -157,26 +156,34 @@ def test_without_limits_there_is_no_lateness():
     assert _lateness([make_row(1, generated=3)]) is None
 
 
-def test_the_budget_falls_at_once_and_recovers_slowly():
-    budget = LateBudget(0.001)
-    budget.learn(late=True)
-    after_one = budget.ratio
-    assert after_one < 0.9 * 0.001
-    for _ in range(200):
-        budget.learn(late=False)
-    assert after_one < budget.ratio < 0.001
+def _ending_at(row, tokens):
+    row[Column.MAX_OUTPUT] = tokens
+    return row
 
 
-@given(late=st.lists(st.booleans(), max_size=300))
-def test_the_budget_stays_within_its_bounds(late):
-    budget = LateBudget(0.001)
-    for each in late:
-        budget.learn(late=each)
-    assert 0.001 / 8 * 0.999 <= budget.ratio <= 0.002 * 1.001
+def test_the_next_iteration_has_only_the_prompts_that_are_planned():
+    # A prompt comes at any time: 0.1 s at the fastest clock, more than is left at the slowest.
+    often = PromptWork(
+        np.log(WINDOWS), np.ones(8), np.full(8, np.log(1000.0)), np.full(8, np.log(1e4))
+    )
+    row = make_row(1, generated=2, first_token=0.98, tpot=0.05)
+    next_token = _lateness([_ending_at(row.copy(), 3)], work=often).excess_ratio[0]
+    the_one_after = _lateness([_ending_at(row.copy(), 4)], work=often).excess_ratio[0]
+    assert next_token < 1e-3
+    assert the_one_after > 0.01
 
 
-def test_lateness_at_the_target_keeps_the_budget_where_it_is():
-    budget = LateBudget(0.01)
-    for step in range(20_000):
-        budget.learn(late=step % 100 == 0)
-    assert budget.ratio == pytest.approx(0.01, rel=0.6)
+def test_what_ends_far_ahead_counts_less_than_what_ends_soon():
+    slowest, fastest = PREDICTOR.predict(np.array([[0, 0, 0, 2, 300, 2, 0.0]])).latency_seconds[
+        0, [0, -1]
+    ]
+    between = 0.5 * (slowest + fastest)  # what is granted per token
+    rich = _ending_at(make_row(2, generated=9, first_token=4.9, tpot=1.0), 10)
+
+    def excess(tokens):
+        spent = make_row(1, generated=10, first_token=5.0 - 9 * between, tpot=between)
+        rows = [_ending_at(spent, 10 + tokens), rich]
+        return _lateness(rows, now=5.0, work=None).excess_ratio[0]
+
+    assert excess(1) == pytest.approx(0.5, abs=0.01)
+    assert 0.0 < excess(128) < 0.45

@@ -3,7 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from throttle.control.prompt_work import PromptWorkEstimator
+from throttle.control.prompt_work import (
+    PromptCost,
+    PromptWorkEstimator,
+    prompt_cost,
+    prompt_size_shapes,
+)
 from throttle.control.state import IterationState, Phase, ScheduledRequests
 
 
@@ -17,8 +22,13 @@ def _iteration(end, tokens, prompts=1, duration=0.02):
     return IterationState(0, Phase.COMPLETED, end, duration, scheduled=work)
 
 
-def _within(estimator, seconds):
-    ratio, mean, variance = estimator.estimate().within(np.array([seconds]))
+#: Every token costs the same.
+EVEN = PromptCost(np.array([1.0, 1e5]), np.array([1.0, 1e5]))
+
+
+def _within(estimator, seconds, *, after_decodes=False, cost=EVEN):
+    work = estimator.estimate(cost)[after_decodes]
+    ratio, mean, variance = work.within(np.array([seconds]))
     return float(ratio[0]), float(mean[0]), float(variance[0])
 
 
@@ -61,7 +71,52 @@ def test_too_little_is_no_estimate():
     estimator = PromptWorkEstimator()
     for step in range(10):
         estimator.add(_iteration(0.1 * step, 300))
-    assert estimator.estimate() is None
+    assert estimator.estimate(EVEN) is None
     for step in range(10, 100):
         estimator.add(_iteration(0.1 * step, 0))
-    assert estimator.estimate() is None
+    assert estimator.estimate(EVEN) is None
+
+
+def test_after_an_iteration_without_prompts_fewer_come_at_once():
+    estimator = PromptWorkEstimator()
+    for step in range(400):
+        begin = 1.0 * step
+        estimator.add(_iteration(begin + 0.3, 2000, duration=0.3))
+        estimator.add(_iteration(begin + 0.6, 2000, duration=0.3))  # came during the first
+        for decode in range(1, 20):
+            estimator.add(_iteration(begin + 0.6 + 0.02 * decode, 0))
+    after_prompts, _, _ = _within(estimator, 0.02)
+    after_decodes, _, _ = _within(estimator, 0.02, after_decodes=True)
+    assert after_prompts == pytest.approx(0.5, abs=0.05)
+    assert after_decodes < 0.2
+
+
+def test_without_a_decode_iteration_the_windows_after_prompts_stand_for_all():
+    estimator = PromptWorkEstimator()
+    for step in range(500):
+        estimator.add(_iteration(0.1 * step, 300))
+    after_prompts, after_decodes = estimator.estimate(EVEN)
+    assert after_decodes is after_prompts
+
+
+def test_large_prompts_weigh_more_than_their_tokens_where_they_cost_more():
+    steep = PromptCost(np.array([100.0, 1000.0, 2000.0]), np.array([100.0, 1000.0, 4000.0]))
+    estimator = PromptWorkEstimator()
+    for step in range(500):
+        estimator.add(_iteration(0.1 * step, 2000 if step % 2 else 100))
+    _, tokens, _ = _within(estimator, 2.0)
+    _, equivalent, _ = _within(estimator, 2.0, cost=steep)
+    assert equivalent == pytest.approx(tokens * (4100 / 2100), rel=0.02)
+    assert steep.equivalent(np.array([50.0]))[0] == pytest.approx(50.0)
+
+
+def test_the_cost_of_prompts_is_that_of_the_prediction_and_1_for_the_mean():
+    shapes = prompt_size_shapes(0.0, 16.0, 700.0, 8192.0)
+    sizes = shapes[1:, 1]
+    latency = 0.01 + np.concatenate([[0.0], 2e-5 * sizes + 1e-9 * sizes**2])
+    cost = prompt_cost(latency, 1024.0, 8192.0)
+    assert cost.equivalent(np.array([1024.0]))[0] == pytest.approx(1024.0)
+    expected = 8192 * (2e-5 + 1e-9 * 8192) / (2e-5 + 1e-9 * 1024)
+    assert cost.equivalent(np.array([8192.0]))[0] == pytest.approx(expected)
+    assert (shapes[:, 3] == 16).all()
+    assert sizes[-1] == 8192

@@ -35,6 +35,7 @@ class ScriptedBrain:
 
     def __init__(self):
         self.target_mhz = 900
+        self.long_run_watts = (0.0, 0.0)
         self.error = None
         self.observed = []
         self.decided = []
@@ -46,7 +47,13 @@ class ScriptedBrain:
         self.decided.append(state.sequence_number)
         if self.error is not None:
             raise self.error
-        return Decision(self.target_mhz, Reason.CRUISE)
+        average, default = self.long_run_watts
+        return Decision(
+            self.target_mhz,
+            Reason.CRUISE,
+            long_run_power_watts=average,
+            default_long_run_power_watts=default,
+        )
 
     def evaluate(self, state):
         raise NotImplementedError

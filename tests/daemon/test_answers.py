@@ -21,6 +21,8 @@ def test_a_decision_becomes_a_message():
         predicted_default_power_watts=600.0,
         cruise_clock_mhz=1200,
         lost_requests_count=3,
+        long_run_power_watts=250.0,
+        default_long_run_power_watts=500.0,
     )
     message = decision_message(
         decision, 42, applied=True, applied_clock_mhz=1485, decision_duration_seconds=1e-4
@@ -42,6 +44,8 @@ def test_a_decision_becomes_a_message():
         decision_duration_seconds=1e-4,
         predicted_default_power_watts=600.0,
         predicted_default_iteration_seconds=0.015,
+        long_run_power_watts=250.0,
+        default_long_run_power_watts=500.0,
     )
 
 

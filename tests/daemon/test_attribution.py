@@ -152,7 +152,7 @@ def test_iterations_of_a_gpu_that_is_never_read_do_not_pile_up():
     ledger = EngineLedger("e", ["a"])
     for number in range(10_000):
         ledger.note(completed(number, 0.5, {1: (number, 0)}), float(number))
-    assert len(ledger._noted) < 5000
+    assert len(ledger._noted) < 600
     ledger.add("a", 0.0, 20_000.0, 300.0)
     energy = ledger.energy()
     assert energy.total_joules == pytest.approx(300.0)

@@ -9,7 +9,7 @@ import pytest
 from predictors.errors import BundleError
 from tests.control.scenes import Engine, make_profile
 from throttle.control.settings import ControlSettings
-from throttle.daemon.brains import ControllerFactory, GpuModel
+from throttle.daemon.brains import PREDICTORS_LIMIT, ControllerFactory, GpuModel
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 H200 = GpuModel("h200-sxm", tuple(range(345, 1981, 15)))
@@ -35,6 +35,16 @@ def test_a_model_without_a_bundle_of_its_own_gets_the_generic_one_for_its_clocks
 def test_a_question_about_gpus_elsewhere_needs_a_bundle_of_the_model(factory):
     with pytest.raises(BundleError, match="0 bundles"):
         factory.build(make_profile(model_name="olmoe-1b-7b"), None)
+
+
+def test_engines_of_ever_new_kinds_do_not_pile_up_predictors(factory):
+    profile, clocks = make_profile(model_name="olmoe-1b-7b"), H200.clocks_mhz
+    lasting = factory.build(profile, GpuModel("h200-sxm", clocks)).brain
+    for fewer in range(1, PREDICTORS_LIMIT + 10):
+        factory.build(profile, GpuModel("h200-sxm", clocks[fewer:]))
+        again = factory.build(profile, GpuModel("h200-sxm", clocks)).brain
+        assert again._forecaster._predictor is lasting._forecaster._predictor  # used, so kept
+    assert len(factory._predictors) == PREDICTORS_LIMIT
 
 
 def _advised_gpus_count(brain):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
-from throttle.daemon.mailbox import WAITING_STATES_LIMIT, Mailbox
+from throttle.daemon.mailbox import WAITING_BYTES_LIMIT, WAITING_STATES_LIMIT, Mailbox
 from throttle.errors import InvalidInputError, ThrottleError
+from throttle.v1 import engine_pb2
 
 
 @pytest.fixture
@@ -65,3 +67,16 @@ def test_an_engine_that_never_reads_is_stopped(mailbox, arrival):
         mailbox.put(one)
     with pytest.raises(ThrottleError, match="read the answers"):
         mailbox.put(one)
+
+
+def test_an_engine_that_never_reads_is_stopped_sooner_when_its_states_are_large(mailbox, arrival):
+    numbers = engine_pb2.RequestProgress(request_numbers=range(1_000_000, 1_800_000))
+    large = replace(arrival(), message=engine_pb2.IterationState(progress=numbers))
+    fit = WAITING_BYTES_LIMIT // large.message.ByteSize()
+    assert 1 <= fit < 10
+    for _ in range(2):  # what was taken waits no more
+        for _ in range(fit):
+            mailbox.put(large)
+        with pytest.raises(ThrottleError, match="read the answers"):
+            mailbox.put(large)
+        mailbox.take(None)

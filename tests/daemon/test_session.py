@@ -258,3 +258,28 @@ def test_metrics_count_states_decisions_and_changes(open_session, arrival, regis
     assert value("throttle_iterations_dropped_total", reason="overtaken") == 1
     assert value("throttle_decisions_total", outcome="applied", reason="cruise") == 1
     assert value("throttle_clock_changes_total", gpu="GPU-a") == 1
+
+
+def test_predicted_energy_is_counted_by_engine_time_and_not_beyond_the_lease(
+    open_session, arrival, brain, registry
+):
+    session = open_session()
+
+    def counted():
+        return [
+            registry.get_sample_value("throttle_predicted_energy_joules_total", {"clocks": clocks})
+            for clocks in ("decided", "default")
+        ]
+
+    brain.long_run_watts = (200.0, 500.0)
+    session.handle([arrival()])
+    assert counted() in ([0.0, 0.0], [None, None])  # nothing was decided before
+    session.handle([arrival(), arrival()])  # two seconds of engine time
+    assert counted() == [400.0, 1000.0]
+    brain.long_run_watts = (0.0, 0.0)
+    for _ in range(6):
+        late = arrival()
+    session.handle([late])  # six seconds after the last; the lease is two
+    assert counted() == [800.0, 2000.0]
+    session.handle([arrival()])  # by a decision without figures
+    assert counted() == [800.0, 2000.0]

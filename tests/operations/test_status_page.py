@@ -56,9 +56,9 @@ def test_slack_and_predicted_saving_are_told(served):
     (engine,) = json.loads(get(f"{url}/status.json"))["engines"]
     assert engine["slack_seconds"] == pytest.approx(decision.binding_limit.slack_seconds)
     assert engine["slo"] in {"ttft", "tbt", "tpot", "e2e"}
-    default = decision.predicted_default_power_watts * decision.predicted_default_iteration_seconds
-    decided = decision.predicted_power_watts * decision.predicted_iteration_seconds
-    assert engine["predicted_saving_ratio"] == pytest.approx(1 - decided / default)
+    assert 0 < decision.long_run_power_watts < decision.default_long_run_power_watts
+    saving = 1 - decision.long_run_power_watts / decision.default_long_run_power_watts
+    assert engine["predicted_saving_ratio"] == pytest.approx(saving)
     metrics = get(f"{url}/metrics")
     assert 'throttle_slo_slack_seconds{engine="engine",slo=' in metrics
     assert 'throttle_gpu_state{gpu="GPU-a",state="left_throttled"} 0.0' in metrics

@@ -79,6 +79,8 @@ def test_an_answer_that_cannot_wait_for_the_driver_says_the_clock_before(nvml_wo
     assert until(lambda: lease.set_clock(900).applied)
     assert lease.set_clock(900) == ClockAnswer(900, applied=True)
     assert lease.set_clock(600) == ClockAnswer(900, applied=False)
+    lease.release()
+    assert actuator._answers == {}  # nobody waits for the last one any more
 
 
 def test_a_failure_reaches_the_lease_and_its_gpus_go_to_default(nvml_world):

@@ -17,7 +17,7 @@ from throttle.simulation.engine import SimulatedEngine
 from throttle.simulation.experiment import play
 from throttle.simulation.gpu import DiscardedTelemetry, InProcessLock, SimulatedGpu
 from throttle.simulation.plant import Plant, draw_plant
-from throttle.simulation.workload import OpenLoop, load_trace
+from throttle.simulation.workload import Lengths, OpenLoop, load_trace, poisson
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 PLANT, BUNDLE = "h200-qwen3-30b-a3b", "h200-sxm__qwen3-30b-a3b__tp1ep1"
@@ -113,6 +113,47 @@ def test_the_bound_holds_again_two_minutes_after_the_plant_slows_by_15_percent()
     after = served.between(20.0 + 120.0, 180.0)
     assert after.covered.mean() == pytest.approx(0.99, abs=0.01)
     assert after.latency_errors.mean() < 0.04
+
+
+def average_watts(requests_per_second, *, throttled):
+    """After a minute: power drawn, and predicted for the clocks decided on and for default ones."""
+    lock = InProcessLock()
+    gpu = SimulatedGpu(Plant.load(PLANT), lock, DiscardedTelemetry(), random.Random(5))
+    lengths = Lengths(prompt_tokens=(100, 3000), output_tokens=(20, 500))
+    requests = poisson(requests_per_second, 150.0, lengths, random.Random(6))
+    engine = SimulatedEngine(gpu, OpenLoop(requests))
+    profile = engine.profile("saving", ("GPU-0",), Slos(ttft_seconds=1.0, tpot_seconds=0.05))
+    controller = Controller(profile, load_predictor(MODELS / BUNDLE), ControlSettings())
+    rows, decision, begun = [], None, (0.0, 0.0)
+
+    def decide(state):
+        nonlocal decision, begun
+        now, joules = state.engine_time_seconds, gpu.energy_joules
+        if now < 60.0:
+            begun = (now, joules)
+        else:
+            rows.append(
+                (now, joules, decision.long_run_power_watts, decision.default_long_run_power_watts)
+            )
+        controller.observe(state, gpu.clock_mhz)
+        decision = controller.decide(state)
+        if throttled:
+            lock.set_mhz(decision.target_clock_mhz)
+
+    play(engine, gpu, decide)
+    seconds, joules, decided, default = np.array(rows).T
+    passed = np.diff(seconds, prepend=begun[0])
+    whole = passed.sum()
+    return (joules[-1] - begun[1]) / whole, decided @ passed / whole, default @ passed / whole
+
+
+@pytest.mark.parametrize("requests_per_second", [0.5, 3.0])
+def test_the_saving_told_is_that_of_playing_the_same_requests_at_default_clocks(
+    requests_per_second,
+):
+    drawn, decided, default = average_watts(requests_per_second, throttled=True)
+    unthrottled, *_ = average_watts(requests_per_second, throttled=False)
+    assert 1.0 - decided / default == pytest.approx(1.0 - drawn / unthrottled, abs=0.04)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ told.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from typing import TYPE_CHECKING, Final
@@ -281,7 +282,8 @@ class RemoteActuator:
 
     def _give_up(self, epoch: int) -> None:
         self._number += 1
-        self._send(Request(Ask.RELEASE, self._number, epoch))
+        with contextlib.suppress(ActuatorEndedError):  # then it is given up anyway
+            self._send(Request(Ask.RELEASE, self._number, epoch))
 
     def _known(self, uuid: str) -> str:
         if uuid not in self._places:
@@ -340,11 +342,15 @@ class RemoteLease:
     def release(self) -> None:
         """Return the GPUs to default clocks and give them back."""
         self._released = True
-        self._actuator.end_lease(self._epoch)
+        try:
+            self._actuator.end_lease(self._epoch)
+        finally:  # its own answer came before that of the end
+            self._actuator.forget_answer(self._number)
 
     def lost(self) -> None:
-        """The actuator has ended the lease."""
+        """The lease has ended; nobody waits for its answer any more."""
         self._released = True
+        self._actuator.forget_answer(self._number)
 
     def disturbed(self, clock_mhz: int) -> None:
         """A GPU was told something; if it is not the last wish, that must be said again."""

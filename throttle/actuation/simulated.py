@@ -241,9 +241,14 @@ class SimulatedGpuFile:
         raise ActuationError(f"GPU {uuid}: telemetry in {str(self._path)!r} was left half written")
 
     def gpu(self, uuid: str) -> SimulatedGpuPort:
-        """One GPU's end of the file, as the simulation wants it."""
-        self._offset(uuid)
-        return SimulatedGpuPort(self, uuid)
+        """One GPU's end of the file, as the simulation wants it.
+
+        Counters of a GPU outlive the process that computes on it: the port adds to where they are.
+        """
+        first = (self._offset(uuid) + _TELEMETRY_OFFSET) // 8
+        # not `read_telemetry`: whoever played the GPU before may have died in the middle of a write
+        energy, seconds = self._float64[first + 2 : first + 4]
+        return SimulatedGpuPort(self, uuid, energy, seconds)
 
     def _offset(self, uuid: str) -> int:
         try:
@@ -259,10 +264,19 @@ class SimulatedGpuFile:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedGpuPort:
-    """What the simulated GPU itself does with the file: obey the lock, publish what it measures."""
+    """What the simulated GPU itself does with the file: obey the lock, publish what it measures.
+
+    Attributes:
+        file: The file.
+        uuid: The GPU.
+        counted_joules: Where its energy counter stood before.
+        counted_seconds: Likewise its time.
+    """
 
     file: SimulatedGpuFile
     uuid: str
+    counted_joules: float = 0.0
+    counted_seconds: float = 0.0
 
     def lock_mhz(self) -> int:
         """The lock in force, MHz; 0 when there is none."""
@@ -275,13 +289,13 @@ class SimulatedGpuPort:
         energy_joules: float,
         gpu_time_seconds: float,
     ) -> None:
-        """Publish clock, power and the energy counter with its time."""
+        """Publish clock, power and what energy and time have grown to since the port was made."""
         self.file.write_telemetry(
             self.uuid,
             sm_clock_mhz=sm_clock_mhz,
             power_watts=power_watts,
-            energy_joules=energy_joules,
-            gpu_time_seconds=gpu_time_seconds,
+            energy_joules=self.counted_joules + energy_joules,
+            gpu_time_seconds=self.counted_seconds + gpu_time_seconds,
         )
 
 

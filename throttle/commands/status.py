@@ -87,4 +87,7 @@ def _engine_line(engine: throttle_service_pb2.EngineStatus) -> str:
             f", last decision {decision.target_clock_mhz or 'default'} "
             f"({reason.removeprefix('DECISION_REASON_').lower()})"
         )
+        if default := decision.default_long_run_power_watts:
+            saving = 1.0 - decision.long_run_power_watts / default
+            line += f", predicted to save {saving:.0%} of {default:.0f} W"
     return line

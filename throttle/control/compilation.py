@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from predictors.prediction import Prediction
+    from throttle.control.cruise import Balance
     from throttle.control.feedback import PredictionFeedback
     from throttle.control.lateness import Lateness
     from throttle.control.projection import Horizon
+    from throttle.control.prompt_work import Measure
     from throttle.control.slack import SlackTable
 
     _Corrected = tuple[
@@ -36,6 +38,8 @@ class CompiledSteps:
         correct: Prediction by feedback, and the horizon's sums.
         measure_slack: Slack of every limit.
         expect_lateness: Lateness of every clock.
+        balance: Where every clock's batch settles.
+        measure_work: Prompt work in windows of every length.
     """
 
     advance: Callable[..., None]
@@ -43,6 +47,8 @@ class CompiledSteps:
     correct: Callable[[Prediction, Horizon, PredictionFeedback], _Corrected]
     measure_slack: Callable[..., SlackTable]
     expect_lateness: Callable[..., Lateness | None]
+    balance: Balance
+    measure_work: Measure
 
 
 @functools.cache
@@ -50,8 +56,10 @@ def compiled_steps() -> CompiledSteps | None:
     """The compiled steps; None where numba is not installed or finds no place for its code."""
     try:
         from throttle.control.compiled import (  # noqa: PLC0415 - needs numba
+            cruise,
             lateness,
             projection,
+            prompt_work,
             scoreboard,
             slack,
         )
@@ -59,5 +67,11 @@ def compiled_steps() -> CompiledSteps | None:
         return None
     advance: Any = scoreboard.advance
     return CompiledSteps(
-        advance, projection.project, slack.correct, slack.measure_slack, lateness.expect_lateness
+        advance,
+        projection.project,
+        slack.correct,
+        slack.measure_slack,
+        lateness.expect_lateness,
+        cruise.balance,
+        prompt_work.measure,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import numpy as np
 from throttle.control.advice import Advice, ParallelSize, ScalingAdvisor
 from throttle.control.compilation import compiled_steps
 from throttle.control.forecast import Forecast, Forecaster
-from throttle.control.lateness import LateBudget
+from throttle.control.late_price import LatePrice
 from throttle.control.scoreboard import LiveRequests, Scoreboard
 from throttle.control.selection import Binding, Decision, Reason, Selector
 from throttle.control.slack import Slo
@@ -104,12 +105,13 @@ class Controller:
         self._forecaster = Forecaster(
             profile, predictor, settings, self._scoreboard, (floor, self._ceiling), steps=steps
         )
-        self._late_budget = LateBudget(settings.late_budget())
+        self._late_price = LatePrice(settings.late_budget())
         self._scaling = ScalingAdvisor(sizes, self._forecaster.outlook.limits)
         self._fastest_seconds = 0.0  # what all iterations so far would have taken at the fastest
         self._fastest_ratio = 1.0  # duration at the fastest clock over that at the chosen one
         self._idle_since_seconds: float | None = None
         self._known_long_run: _LongRun | None = None
+        self._working_index = self._ceiling  # clock of the last decision about work
 
     @property
     def latency_bias_ratio(self) -> float:
@@ -146,7 +148,7 @@ class Controller:
             self._forecaster.learn_length(ended)
             if ended.mean_gap_ratio is not None and ended.fastest_gap_ratio is not None:
                 late = ended.mean_gap_ratio > 1.0 >= ended.fastest_gap_ratio
-                self._late_budget.learn(late=late)
+                self._late_price.learn(late=late)
         self._forecaster.observe(state, observed_clock_mhz, observed_power_watts)
 
     def decide(self, state: IterationState) -> Decision:
@@ -191,13 +193,10 @@ class Controller:
         if horizon.empty:
             raise RuntimeError("nothing is computed; judge() follows decide() of a busy engine")
         forecast = self._forecaster.forecast(state, horizon, live)
-        cost = self._cost(forecast)
-        if cost is None:
+        power = self._power(forecast)
+        if power is None:
             raise RuntimeError("the load is not known yet; decide() on more states first")
-        kept = forecast.slack.least() >= 0.0
-        if forecast.lateness is not None:
-            kept &= forecast.lateness.excess_ratio <= self._late_budget.ratio
-        return kept & self._allowed, cost
+        return self._keeps_every_limit(forecast) & self._allowed, power * self._weight(forecast)
 
     def _idle(self, state: IterationState, live: LiveRequests) -> bool:
         if len(live.running) or len(live.waiting):
@@ -220,12 +219,15 @@ class Controller:
             index, reason = self._selector.jump(0, now), Reason.PARKED
         gpus = len(self._profile.gpu_uuids)
         idle = self._idle_power_watts
+        average, default = self._average_power_watts()
         return Decision(
             target_clock_mhz=int(self._clocks_mhz[index]),
             reason=reason,
             predicted_power_watts=float(idle[index]) * gpus,
             predicted_default_power_watts=float(idle[-1]) * gpus,
             cruise_clock_mhz=self._cruise_clock_mhz(),
+            long_run_power_watts=average,
+            default_long_run_power_watts=default,
         )
 
     def _decide_busy(self, state: IterationState, forecast: Forecast, now: float) -> Decision:
@@ -239,11 +241,17 @@ class Controller:
             index, reason = self._selector.jump(self._ceiling, now), Reason.INFEASIBLE
         else:
             feasible = self._keeps_every_limit(forecast) & self._allowed
-            index, reason = self._selector.choose(feasible, self._cost(forecast), now)
+            index, reason = self._selector.choose(
+                feasible, self._power(forecast), now, self._weight(forecast)
+            )
             # Where none is feasible the fastest is chosen; the operator's ceiling holds there too.
             index = self._selector.jump(min(index, self._ceiling), now)
+        if forecast.lateness is not None:
+            self._late_price.expect(float(forecast.lateness.excess_ratio[index]), now)
         latency = forecast.latency_seconds
         self._fastest_ratio = float(latency[-1] / latency[index])
+        self._working_index = index
+        average, default = self._average_power_watts()
         return Decision(
             target_clock_mhz=int(self._clocks_mhz[index]),
             reason=reason,
@@ -255,6 +263,8 @@ class Controller:
             predicted_default_power_watts=float(forecast.power_watts[-1]),
             cruise_clock_mhz=self._cruise_clock_mhz(),
             lost_requests_count=forecast.slack.lost_requests_count,
+            long_run_power_watts=average,
+            default_long_run_power_watts=default,
             advice=self._advice(forecast, now) if self._profile.wants_advice else None,
         )
 
@@ -267,16 +277,17 @@ class Controller:
         )
 
     def _keeps_every_limit(self, forecast: Forecast) -> NDArray[np.bool_]:
-        """Clocks that keep every slack and the budget of late answers, (C,)."""
+        """Clocks that keep every slack and make no more answers late than is ever allowed, (C,)."""
         kept = forecast.slack.least() >= 0.0
+        if forecast.lateness is not None:
+            kept &= forecast.lateness.excess_ratio <= self._settings.late_limit_ratio
+        return kept
+
+    def _weight(self, forecast: Forecast) -> NDArray[np.float64]:
+        """What the answers that each clock makes late multiply its cost with, (C,)."""
         if forecast.lateness is None:
-            return kept
-        excess, budget = forecast.lateness.excess_ratio, self._late_budget.ratio
-        enough = excess <= budget
-        current = self._selector.current
-        if excess[current] <= budget * self._settings.late_band_ratio:
-            enough[current:] = True  # not worth a change
-        return kept & enough
+            return np.ones(len(self._clocks_mhz))
+        return 1.0 + self._late_price.answers * forecast.lateness.excess_ratio
 
     def _blind(self, state: IterationState) -> bool:
         """Whether prompts wait under a TTFT limit and nothing tells for how long."""
@@ -304,7 +315,7 @@ class Controller:
             )
         if lateness is None or (least is not None and slack.slack_seconds[:, lower].min() < 0.0):
             return least
-        if least is None or lateness.excess_ratio[lower] > self._late_budget.ratio:
+        if least is None or lateness.excess_ratio[lower] > self._late_price.target_ratio:
             left = float(lateness.request_slack_seconds[index])
             return Binding(Slo.TPOT, lateness.request_number, left)
         return least
@@ -321,8 +332,8 @@ class Controller:
             self._known_long_run = _LongRun(equilibrium, carried, cruise)
         return self._known_long_run
 
-    def _cost(self, forecast: Forecast) -> NDArray[np.float64] | None:
-        """What the least is chosen of, positive, (C,); None while the load is not known.
+    def _power(self, forecast: Forecast) -> NDArray[np.float64] | None:
+        """What a clock costs but for lateness, positive, (C,); None while the load is not known.
 
         By default the power of computing the horizon, per second of the present clock, with time
         refunded at the rate that it is worth at this load. Where the batch is the one that the load
@@ -348,6 +359,23 @@ class Controller:
     def _cruise_clock_mhz(self) -> int:
         long_run = self._long_run()
         return 0 if long_run is None else long_run.cruise_clock_mhz
+
+    def _average_power_watts(self) -> tuple[float, float]:
+        """Of all GPUs at the present load: working as decided, and never throttled; 0 if unknown.
+
+        Not parked either: what is never throttled idles at its default clocks.
+        """
+        equilibrium = self._forecaster.outlook.equilibrium
+        if equilibrium is None:
+            return 0.0, 0.0
+        idle = self._idle_power_watts
+        average, default = (float(equilibrium.power_watts[at]) for at in (self._working_index, -1))
+        if self._settings.parking:
+            default += float((1.0 - equilibrium.busy_ratio[-1]) * (idle[-1] - idle[0]))
+        if not math.isfinite(average + default):
+            return 0.0, 0.0  # the load is more than one of them carries
+        gpus = len(self._profile.gpu_uuids)
+        return average * gpus, default * gpus
 
     def _row(self, forecast: Forecast, index: int, *, feasible: bool) -> ClockRow:
         slack = forecast.slack

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 #: Batches at which durations are predicted; between them they are interpolated.
 _BATCH_GRID = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512.0])
 #: The equilibrium batch is bisected between these, on a logarithmic scale, to within 0.01 %.
-_LEAST_BATCH = 1e-3
-_BISECTIONS = 18
+LEAST_BATCH = 1e-3
+BISECTIONS = 18
 #: A clock at which prompts alone keep the engine this busy has no equilibrium worth the name.
-_PREFILL_BUSY_LIMIT = 0.95
+PREFILL_BUSY_LIMIT = 0.95
 #: The engine must have room for the mean batch and so many standard deviations: a batch that finds
 #: no room queues, and a queue at a clock that just carries the load does not go away.
 _CROWD_DEVIATIONS = 2.0
@@ -144,10 +144,89 @@ def expect_interruptions(
     decode_seconds, mixed_seconds = np.split(prediction.latency_seconds, 2)
     rate = _burst_rate(load, deviations)
     added = np.maximum(mixed_seconds - decode_seconds, 0.0)
-    share = np.minimum(rate * added, _PREFILL_BUSY_LIMIT)
+    share = np.minimum(rate * added, PREFILL_BUSY_LIMIT)
     iterations = max(load.prefill_iterations_per_second, 1e-9)
     tokens = max(load.prefill_tokens_per_second / iterations, 1.0)
     return Interruptions(_grid(limits), 1.0 / (1.0 - share), added / tokens)
+
+
+class Balance(Protocol):
+    """`balance`, or its compiled form."""
+
+    def __call__(
+        self,
+        grid: NDArray[np.float64],
+        load: OfferedLoad,
+        prediction: Prediction,
+        idle_power_watts: NDArray[np.float64],
+    ) -> Balanced:
+        """As `balance`."""
+        ...
+
+
+class Balanced(NamedTuple):
+    """Where every clock's batch settles, whatever limits it breaks, (C,) each.
+
+    Attributes:
+        batch_requests: Mean number of generating requests.
+        iterations_per_second: While something runs.
+        prefill_share: Share of time that iterations with prompts take.
+        mixed_seconds: Duration of one of those.
+        busy_ratio: Share of time in which something runs.
+        power_watts: Long-run average.
+    """
+
+    batch_requests: NDArray[np.float64]
+    iterations_per_second: NDArray[np.float64]
+    prefill_share: NDArray[np.float64]
+    mixed_seconds: NDArray[np.float64]
+    busy_ratio: NDArray[np.float64]
+    power_watts: NDArray[np.float64]
+
+
+def balance(
+    grid: NDArray[np.float64],
+    load: OfferedLoad,
+    prediction: Prediction,
+    idle_power_watts: NDArray[np.float64],
+) -> Balanced:
+    """Find the batch at which as many tokens are generated as arrive.
+
+    Args:
+        grid: Batches that were predicted, rising, (G,).
+        load: What arrives.
+        prediction: Of decode iterations at those batches, then of mixed ones, (2G, C).
+        idle_power_watts: Power while nothing runs, (C,).
+    """
+    decode_seconds, mixed_seconds = np.split(prediction.latency_seconds, 2)
+    decode_watts, mixed_watts = np.split(prediction.power_watts, 2)
+    prompts_per_second = load.prefill_iterations_per_second
+
+    def iterations_per_second(batch: NDArray[np.float64]) -> NDArray[np.float64]:
+        at = _interpolation(grid, _while_busy(batch))
+        prefill_share = np.minimum(at(mixed_seconds) * prompts_per_second, PREFILL_BUSY_LIMIT)
+        return prompts_per_second + (1.0 - prefill_share) / at(decode_seconds)
+
+    # Below the equilibrium more tokens arrive than the batch generates, above it fewer.
+    low = np.full(decode_seconds.shape[1], np.log(LEAST_BATCH))
+    high = np.full_like(low, np.log(grid[-1]))
+    for _ in range(BISECTIONS):
+        middle = 0.5 * (low + high)
+        batch = np.exp(middle)
+        short = batch * iterations_per_second(batch) < load.decode_tokens_per_second
+        low, high = np.where(short, middle, low), np.where(short, high, middle)
+    batch = np.exp(high)
+    at = _interpolation(grid, _while_busy(batch))
+    prefill_share = at(mixed_seconds) * prompts_per_second
+    # Requests come and go independently: their number is Poisson, and idle time is exp(-mean).
+    busy = prefill_share + (1.0 - prefill_share) * -np.expm1(-batch)
+    power = (
+        prefill_share * at(mixed_watts)
+        + (busy - prefill_share) * at(decode_watts)
+        + (1.0 - busy) * idle_power_watts
+    )
+    rate = iterations_per_second(batch)
+    return Balanced(batch, rate, prefill_share, at(mixed_seconds), busy, power)
 
 
 def settle(
@@ -155,6 +234,8 @@ def settle(
     limits: CarryingLimits,
     prediction: Prediction,
     idle_power_watts: NDArray[np.float64],
+    *,
+    balanced: Balance = balance,
 ) -> Equilibrium:
     """Find the equilibrium of every clock.
 
@@ -163,45 +244,21 @@ def settle(
         limits: What may not be exceeded.
         prediction: Of `equilibrium_shapes(load, limits)`.
         idle_power_watts: Power while nothing runs, if this clock is the cruise clock, (C,).
+        balanced: `balance`, or its compiled form.
     """
     grid = _grid(limits)
-    decode_seconds, mixed_seconds = np.split(prediction.latency_seconds, 2)
-    decode_watts, mixed_watts = np.split(prediction.power_watts, 2)
-    mixed_rate = load.prefill_iterations_per_second
-
-    def iterations_per_second(batch: NDArray[np.float64]) -> NDArray[np.float64]:
-        at = _interpolation(grid, _while_busy(batch))
-        prefill_share = np.minimum(at(mixed_seconds) * mixed_rate, _PREFILL_BUSY_LIMIT)
-        return mixed_rate + (1.0 - prefill_share) / at(decode_seconds)
-
-    # Below the equilibrium more tokens arrive than the batch generates, above it fewer.
-    low = np.full(decode_seconds.shape[1], np.log(_LEAST_BATCH))
-    high = np.full_like(low, np.log(grid[-1]))
-    for _ in range(_BISECTIONS):
-        middle = 0.5 * (low + high)
-        batch = np.exp(middle)
-        short = batch * iterations_per_second(batch) < load.decode_tokens_per_second
-        low, high = np.where(short, middle, low), np.where(short, high, middle)
-    batch = np.exp(high)
-    rate = iterations_per_second(batch)
-    at = _interpolation(grid, _while_busy(batch))
-    prefill_share = at(mixed_seconds) * mixed_rate
-    # Requests come and go independently: their number is Poisson, and idle time is exp(-mean).
-    busy = prefill_share + (1.0 - prefill_share) * -np.expm1(-batch)
-    power = (
-        prefill_share * at(mixed_watts)
-        + (busy - prefill_share) * at(decode_watts)
-        + (1.0 - busy) * idle_power_watts
-    )
-    first_token = at(mixed_seconds) / (1.0 - np.minimum(prefill_share, _PREFILL_BUSY_LIMIT))
+    found = balanced(grid, load, prediction, idle_power_watts)
+    waiting = 1.0 - np.minimum(found.prefill_share, PREFILL_BUSY_LIMIT)
     carried = (
-        (prefill_share < _PREFILL_BUSY_LIMIT)
-        & (batch < 0.999 * grid[-1])
-        & _has_room(batch, load, limits)
-        & (rate * limits.tpot_seconds >= 1.0)
-        & (first_token <= limits.ttft_seconds)
+        (found.prefill_share < PREFILL_BUSY_LIMIT)
+        & (found.batch_requests < 0.999 * grid[-1])
+        & _has_room(found.batch_requests, load, limits)
+        & (found.iterations_per_second * limits.tpot_seconds >= 1.0)
+        & (found.mixed_seconds <= limits.ttft_seconds * waiting)
     )
-    return Equilibrium(np.where(carried, power, np.inf), batch, busy, 1.0 / rate)
+    power = np.where(carried, found.power_watts, np.inf)
+    gap_seconds = 1.0 / found.iterations_per_second
+    return Equilibrium(power, found.batch_requests, found.busy_ratio, gap_seconds)
 
 
 def growth_limit_ratio(
@@ -229,7 +286,7 @@ def growth_limit_ratio(
     prefill_share = ratio * prompts * mixed_seconds
     rate = ratio * prompts + (1.0 - prefill_share) / decode_seconds
     kept = (
-        (prefill_share < _PREFILL_BUSY_LIMIT)
+        (prefill_share < PREFILL_BUSY_LIMIT)
         & _has_room(batch, load, limits)
         & (rate * limits.tpot_seconds >= 1.0)
         & (mixed_seconds <= limits.ttft_seconds * (1.0 - prefill_share))
@@ -250,6 +307,8 @@ def refund_watts(
     prediction: Prediction,
     equilibrium: Equilibrium,
     idle_power_watts: NDArray[np.float64],
+    *,
+    balanced: Balance = balance,
 ) -> float:
     """What a second more is worth: the rate at which time is refunded to a slower clock.
 
@@ -263,6 +322,7 @@ def refund_watts(
         prediction: Of `equilibrium_shapes(load, limits)`.
         equilibrium: Of this load.
         idle_power_watts: As given to `settle`.
+        balanced: Likewise.
 
     Returns:
         Watts of one GPU, between the least idle power and the least average power.
@@ -276,7 +336,8 @@ def refund_watts(
     least = float(equilibrium.power_watts.min())
     if not math.isfinite(least):
         return float(idle_power_watts.min())
-    less = float(settle(lesser, limits, prediction, idle_power_watts).power_watts.min())
+    settled = settle(lesser, limits, prediction, idle_power_watts, balanced=balanced)
+    less = float(settled.power_watts.min())
     intercept = least - (least - less) / (1.0 - _LESSER_LOAD_RATIO)
     return min(max(intercept, float(idle_power_watts.min())), least)
 

@@ -106,7 +106,7 @@ class Forecaster:
         self._scoreboard = scoreboard
         self._clocks = clocks
         self._lengths = LengthBeliefs()
-        self._outlook = Outlook(profile, settings, predictor.idle_power_watts, clocks[1])
+        self._outlook = Outlook(profile, settings, predictor.idle_power_watts, clocks[1], steps)
         self._feedback = PredictionFeedback(settings.violation_ratio)
         self._observations: list[_Observation] = []
         self._last_clock_mhz = 0
@@ -255,7 +255,7 @@ class Forecaster:
                 now_seconds=now,
                 lengths=self._lengths.table(self._scoreboard.length_classes),
                 interruptions=self._outlook.interruptions,
-                work=self._outlook.work,
+                work=self._outlook.work(horizon),
                 newcomers=self._outlook.newcomers(self._lengths.everyone),
                 clocks=self._clocks,
             )

@@ -15,7 +15,6 @@ cannot be saved do not hold the clock up for others.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,13 +36,14 @@ NEWCOMER_GAPS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128.0])
 #: The calibrated upper bound of an iteration lies this many standard deviations above its mean: the
 #: normal distribution's 99 % quantile.
 BOUND_DEVIATIONS = 2.33
-#: Answers to come will be judged again once they are here, and the clock raised for them: only this
-#: share of what a standing clock would make late has to be planned for now.
+#: What lies ahead will be judged again before it is here, and the clock raised for it: answers that
+#: end t seconds ahead, at the fastest clock, count exp(-t / this). Chosen on the second and third
+#: ten minutes of the Azure trace and on two windows of m-large that no table shows.
+RECOURSE_SECONDS = 0.4
+#: Answers to come, which the clock can be raised for once they are here, count this share of that.
 RECOURSE_RATIO = 0.05
 #: Below this no budget tells shares apart.
 LEAST_SHARE = 1e-9
-#: Prompts alone never fill more of the time than this.
-PROMPT_BUSY_LIMIT = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +67,11 @@ class Newcomers:
         lengths: How long they will be.
         tpot_seconds: Their limit.
         requests_per_second: How many come.
-        prompt_tokens_per_second: What they bring.
     """
 
     lengths: LengthCurve
     tpot_seconds: float
     requests_per_second: float
-    prompt_tokens_per_second: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,8 @@ class Lateness:
     """What each clock makes late.
 
     Attributes:
-        excess_ratio: Share of answers late because the clock is not the fastest, (C,), falling.
+        excess_ratio: Share of the answers that end soon that is late because the clock is not the
+            fastest, (C,), falling.
         request_number: Whose answer has the largest part in it; 0 for those to come.
         request_slack_seconds: What that answer is expected to have left when it ends, at every
             clock, (C,).
@@ -140,13 +139,12 @@ def expect_lateness(
     weight = decodes.weight + prompts.weight
     late = decodes.late.sum(axis=0) + prompts.late.sum(axis=0)
     if newcomers is not None:
-        added, came = view.of_newcomers(newcomers, horizon.prefill_segments_count)
-        late, total = late + RECOURSE_RATIO * came * added, weight + came
-    else:
-        total = np.full(len(judged), weight)
-    if not total.any():
+        came = RECOURSE_RATIO * newcomers.requests_per_second * view.soon_seconds
+        late = late + came * view.of_newcomers(newcomers, horizon.prefill_segments_count)
+        weight += came
+    if weight <= 0.0:
         return None
-    share = late / np.maximum(total, 1e-9)
+    share = late / max(weight, 1e-9)
     excess = np.maximum.accumulate(np.maximum(share - share[-1], 0.0)[::-1])[::-1]
     everywhere = np.arange(latency_seconds.shape[1])
     number, slack = _foremost(decodes, prompts, everywhere, judged)
@@ -157,43 +155,14 @@ def expect_lateness(
     )
 
 
-class LateBudget:
-    """How much lateness may be planned with, so that what is seen keeps to the target.
-
-    Adaptive conformal inference (Gibbs and Candes 2021, equation 2) on the logarithm: an answer
-    that is late although it need not be lowers the budget at once, the others raise it slowly.
-
-    Args:
-        target_ratio: Share of answers that may be late because of lower clocks.
-    """
-
-    _STEP = 0.15
-    _LIMITS = (math.log(1.0 / 8.0), math.log(2.0))
-
-    def __init__(self, target_ratio: float) -> None:
-        self._target_ratio = target_ratio
-        self._log_scale = 0.0
-
-    @property
-    def ratio(self) -> float:
-        """Share to plan with now."""
-        return self._target_ratio * math.exp(self._log_scale)
-
-    def learn(self, *, late: bool) -> None:
-        """Take in one answer that ended, late for want of a faster clock or not."""
-        surplus = float(late) - self._target_ratio
-        scale = self._log_scale - self._STEP * surplus
-        self._log_scale = min(max(scale, self._LIMITS[0]), self._LIMITS[1])
-
-
 @dataclass(frozen=True, slots=True)
 class _Judged:
     """Some answers: how late they are expected to be.
 
     Attributes:
         numbers: The engine's numbers, (n,).
-        late: Probability of being late within the horizon, (n, J).
-        weight: How many of them are expected to end within the horizon.
+        late: Probability of ending soon and being late, (n, J).
+        weight: How many of them are expected to end soon.
         slack_seconds: Time left at the end of the segment that each most likely ends in, (n, J).
     """
 
@@ -205,7 +174,11 @@ class _Judged:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """The horizon at the judged clocks: time computed by the end of each segment, (K, J)."""
+    """The horizon at the judged clocks: time computed by the end of each segment, (K, J).
+
+    Whose prompts share the next iterations is known: the ones planned. Others come in only after
+    `known_seconds`.
+    """
 
     ends: NDArray[np.float64]  # iterations, (K,)
     seconds: NDArray[np.float64]
@@ -213,6 +186,10 @@ class _View:
     iteration_seconds: NDArray[np.float64]
     iteration_deviation: NDArray[np.float64]
     token_seconds: NDArray[np.float64]
+    known: NDArray[np.bool_]  # (K,)
+    known_seconds: float
+    soon: NDArray[np.float64]  # what an end within each segment counts, (K,)
+    soon_seconds: float
     work: PromptWork | None
 
     @classmethod
@@ -227,13 +204,21 @@ class _View:
         each = latency[:, judged]
         deviation = (upper[:, judged] - each) / BOUND_DEVIATIONS
         iterations = horizon.iterations[:, None]
+        seconds = np.cumsum(each * iterations, axis=0)
+        fastest = each[:, -1] * horizon.iterations
+        soon = np.exp((0.5 * fastest - seconds[:, -1]) / RECOURSE_SECONDS)
+        known = np.arange(len(seconds)) < max(horizon.prefill_segments_count, 1)
         return cls(
             np.cumsum(horizon.iterations),
-            np.cumsum(each * iterations, axis=0),
+            seconds,
             np.cumsum(deviation * iterations, axis=0),
             each,
             deviation,
             delay.token_seconds[:, judged],
+            known,
+            float(seconds[known, -1][-1]),
+            soon,
+            float(soon @ fastest),
             delay.work,
         )
 
@@ -251,8 +236,9 @@ class _View:
         )
         granted = tpot[:, None] * (gaps[:, None] + self.ends) - elapsed[:, None]
         spare = granted[:, :, None] - self.seconds
-        late = self._late(granted, spare, self.token_seconds, self.deviation)
-        return _judge(rows[limited, Column.NUMBER], shares, late, spare)
+        exposed = np.where(self.known, 0.0, granted - self.known_seconds)
+        late = self._late(exposed, spare, self.token_seconds, self.deviation)
+        return self._judge(rows[limited, Column.NUMBER], shares, late, spare)
 
     def of_prompts(self, horizon: Horizon, shares: NDArray[np.float64]) -> _Judged:
         rows, first = horizon.prompts, horizon.first_tokens
@@ -271,56 +257,57 @@ class _View:
         granted = np.where(np.isfinite(tpot), tpot, 1.0)[:, None] * np.maximum(gaps, 0.0)
         spare = granted[:, :, None] - (self.seconds - before[:, None, :])
         spread = np.maximum(self.deviation - deviation[:, None, :], 0.0)
-        late = self._late(granted, spare, self.token_seconds, spread)
-        return _judge(rows[:, Column.NUMBER], shares, late, spare)
+        after_known = np.maximum(self.known_seconds - before[:, -1:], 0.0)
+        exposed = np.where(self.known, 0.0, granted - after_known)
+        late = self._late(exposed, spare, self.token_seconds, spread)
+        return self._judge(rows[:, Column.NUMBER], shares, late, spare)
 
-    def of_newcomers(
-        self, newcomers: Newcomers, segment: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Their lateness and how many come, (J,) each; they meet the first decode segment."""
+    def of_newcomers(self, newcomers: Newcomers, segment: int) -> NDArray[np.float64]:
+        """Which share of them is late, (J,); they meet the first decode segment."""
         segment = min(segment, len(self.ends) - 1)
         gaps = NEWCOMER_GAPS[:, None]
         granted = newcomers.tpot_seconds * NEWCOMER_GAPS
         spare = granted[:, None] - gaps * self.iteration_seconds[segment]
-        token_seconds = self.token_seconds[segment]
         deviation = gaps * self.iteration_deviation[segment]
-        late = self._late(granted, spare, token_seconds, deviation)
+        late = self._late(granted, spare, self.token_seconds[segment], deviation)
         alive = newcomers.lengths.survival_ratio(np.append(1.0, 1.0 + NEWCOMER_GAPS))
-        busy = np.minimum(newcomers.prompt_tokens_per_second * token_seconds, PROMPT_BUSY_LIMIT)
-        came = newcomers.requests_per_second * self.seconds[-1] / (1.0 - busy)
-        return -np.diff(alive) @ late, came
+        share: NDArray[np.float64] = -np.diff(alive) @ late
+        return share
+
+    def _judge(
+        self,
+        numbers: NDArray[np.float64],
+        shares: NDArray[np.float64],
+        late: NDArray[np.float64],
+        spare: NDArray[np.float64],
+    ) -> _Judged:
+        likely = spare[:, 0]
+        if len(numbers):
+            likely = spare[np.arange(len(numbers)), shares.argmax(axis=1)]
+        counted = shares * self.soon
+        weighed = np.einsum("nk,nkj->nj", counted, late)
+        return _Judged(numbers, weighed, float(counted.sum()), likely)
 
     def _late(
         self,
-        granted: NDArray[np.float64],
+        exposed: NDArray[np.float64],
         spare: NDArray[np.float64],
         token_seconds: NDArray[np.float64],
         deviation: NDArray[np.float64],
     ) -> NDArray[np.float64]:
-        """Probability that prompts within `granted` take longer than what computing `spare`s.
+        """Probability that prompts to come within `exposed` take longer than computing `spare`s.
 
         Their time is taken for gamma distributed, by its mean and variance (with that of the
         prediction added); its tail is that of Wilson and Hilferty (1931).
         """
         if self.work is None:
             return np.where(spare > 0.0, 0.0, 1.0)
-        any_ratio, tokens, variance = self.work.within(granted)
+        any_ratio, tokens, variance = self.work.within(exposed)
         mean = tokens[..., None] * token_seconds + 1e-9
         shape = mean * mean / (variance[..., None] * token_seconds**2 + deviation**2 + 1e-12)
         root = np.cbrt(np.maximum(spare, 0.0) / mean)
         met = _normal_share(3.0 * np.sqrt(shape) * (1.0 - 1.0 / (9.0 * shape) - root))
         return np.where(spare > 0.0, any_ratio[..., None] * met, 1.0)
-
-
-def _judge(
-    numbers: NDArray[np.float64],
-    shares: NDArray[np.float64],
-    late: NDArray[np.float64],
-    spare: NDArray[np.float64],
-) -> _Judged:
-    likely = spare[np.arange(len(numbers)), shares.argmax(axis=1)] if len(numbers) else spare[:, 0]
-    weighed = np.einsum("nk,nkj->nj", shares, late)
-    return _Judged(numbers, weighed, float(shares.sum()), likely)
 
 
 def _foremost(

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from predictors.prediction import Prediction
 from throttle.control.arrivals import LoadEstimator
 from throttle.control.cruise import (
     CarryingLimits,
     Equilibrium,
     Interruptions,
+    balance,
     equilibrium_shapes,
     expect_interruptions,
     growth_limit_ratio,
@@ -24,17 +26,27 @@ from throttle.control.cruise import (
 )
 from throttle.control.lateness import Newcomers, PromptDelay
 from throttle.control.projection import Successors
-from throttle.control.prompt_work import PromptWork, PromptWorkEstimator
+from throttle.control.prompt_work import (
+    PromptCost,
+    PromptWork,
+    PromptWorkEstimator,
+    prompt_cost,
+    prompt_size_shapes,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from predictors.prediction import Prediction
     from throttle.control.arrivals import OfferedLoad
+    from throttle.control.compilation import CompiledSteps
     from throttle.control.lengths import LengthCurve
     from throttle.control.projection import Horizon
     from throttle.control.settings import ControlSettings
     from throttle.control.state import EngineProfile, IterationState
+
+
+#: Generating requests beside a prompt while no equilibrium is known.
+_UNKNOWN_BATCH = 16.0
 
 
 class Outlook:
@@ -45,6 +57,7 @@ class Outlook:
         settings: What the operator tuned.
         idle_power_watts: Power of one GPU while nothing runs, at every clock, (C,).
         ceiling: Index of the fastest clock that may be chosen.
+        steps: Compiled code to use; None for the definitions.
     """
 
     def __init__(
@@ -53,7 +66,9 @@ class Outlook:
         settings: ControlSettings,
         idle_power_watts: NDArray[np.float64],
         ceiling: int,
+        steps: CompiledSteps | None = None,
     ) -> None:
+        self._balance = balance if steps is None else steps.balance
         self._profile = profile
         self._ceiling = ceiling
         self._settings = settings
@@ -64,8 +79,8 @@ class Outlook:
         self._load = LoadEstimator(
             settings.load_time_constant_seconds, settings.load_settling_seconds
         )
-        self._prompt_work = PromptWorkEstimator()
-        self._work: PromptWork | None = None
+        self._prompt_work = PromptWorkEstimator(None if steps is None else steps.measure_work)
+        self._works: tuple[PromptWork, PromptWork] | None = None
         self._interruptions: Interruptions | None = None
         self._equilibrium: Equilibrium | None = None
         self._settled_load: OfferedLoad | None = None
@@ -82,11 +97,6 @@ class Outlook:
     def interruptions(self) -> Interruptions | None:
         """What prompts to come add to iterations; None while the load is not known."""
         return self._interruptions
-
-    @property
-    def work(self) -> PromptWork | None:
-        """How many prompt tokens come; None while hardly any do."""
-        return self._work
 
     @property
     def refund_watts(self) -> float:
@@ -135,7 +145,13 @@ class Outlook:
         if load is None or now_seconds < self._due_seconds:
             return None
         self._settled_load = load.with_answers_of(lengths.mean_tokens(generated_tokens))
-        return equilibrium_shapes(self._settled_load, self._limits)
+        sizes = prompt_size_shapes(
+            load.prefill_kv_tokens_per_iteration,
+            self._usual_batch(),
+            load.context_tokens,
+            float(self._profile.batched_tokens_limit),
+        )
+        return np.vstack([equilibrium_shapes(self._settled_load, self._limits), sizes])
 
     def settle(self, prediction: Prediction, now_seconds: float) -> None:
         """Compute everything anew.
@@ -151,9 +167,12 @@ class Outlook:
         if load is None:
             raise RuntimeError("no load is known; settle() takes the prediction of due_shapes()")
         resting = self._resting_power_watts
-        equilibrium = settle(load, self._limits, prediction, resting)
-        self._refund_watts = refund_watts(load, self._limits, prediction, equilibrium, resting)
-        self._work = self._prompt_work.estimate()
+        prediction, cost = self._split(prediction, load)
+        equilibrium = settle(load, self._limits, prediction, resting, balanced=self._balance)
+        self._refund_watts = refund_watts(
+            load, self._limits, prediction, equilibrium, resting, balanced=self._balance
+        )
+        self._works = self._prompt_work.estimate(cost)
         self._equilibrium = equilibrium
         self._interruptions = expect_interruptions(
             load, self._limits, prediction, self._settings.burst_deviations
@@ -161,6 +180,30 @@ class Outlook:
         fastest = prediction.latency_seconds[:, self._ceiling]
         self._load_headroom_ratio = growth_limit_ratio(load, self._limits, fastest) - 1.0
         self._due_seconds = now_seconds + self._settings.cruise_period_seconds
+
+    def _usual_batch(self) -> float:
+        """The batch that the present load settles at, at the cheapest clock that carries it."""
+        equilibrium = self._equilibrium
+        if equilibrium is None:
+            return _UNKNOWN_BATCH
+        cheapest = int(np.argmin(equilibrium.power_watts))
+        return max(float(equilibrium.batch_requests[cheapest]), 1.0)
+
+    def _split(self, prediction: Prediction, load: OfferedLoad) -> tuple[Prediction, PromptCost]:
+        """The prediction of `equilibrium_shapes`, and the cost of prompts by size from the rest."""
+        limit = float(self._profile.batched_tokens_limit)
+        sizes_count = len(prompt_size_shapes(0.0, 1.0, 1.0, limit))
+        latency = prediction.latency_seconds
+        iterations = max(load.prefill_iterations_per_second, 1e-9)
+        mean = min(max(load.prefill_tokens_per_second / iterations, 1.0), limit)
+        clock = latency.shape[1] // 2
+        cost = prompt_cost(latency[-sizes_count:, clock], mean, limit)
+        kept = Prediction(
+            latency[:-sizes_count],
+            prediction.latency_upper_seconds[:-sizes_count],
+            prediction.power_watts[:-sizes_count],
+        )
+        return kept, cost
 
     def successors(self, lengths: LengthCurve, clock_index: int) -> Successors | None:
         """Who will take the place of those that end, at a clock; None while that is not known."""
@@ -179,15 +222,21 @@ class Outlook:
             lengths,
             tpot,
             load.prefill_iterations_per_second * load.prefill_requests_per_iteration,
-            load.prefill_tokens_per_second,
         )
+
+    def work(self, horizon: Horizon) -> PromptWork | None:
+        """How many prompt tokens come after what is planned; None while hardly any do."""
+        if self._works is None:
+            return None
+        after_prompts, after_decodes = self._works
+        return after_prompts if horizon.prefill_segments_count else after_decodes
 
     def prompt_delay(self, horizon: Horizon) -> PromptDelay:
         """What prompts to come cost the answers between them."""
         batch = horizon.shapes[:, 3]
         if self._interruptions is None:
             return PromptDelay(None, np.zeros((len(batch), len(self._resting_power_watts))))
-        return PromptDelay(self._work, self._interruptions.prompt_token_seconds(batch))
+        return PromptDelay(self.work(horizon), self._interruptions.prompt_token_seconds(batch))
 
     def stretch_ratio(self, horizon: Horizon) -> NDArray[np.float64] | None:
         """Prompts to come stretch decode segments; those that are here have their own segments."""

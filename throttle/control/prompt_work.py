@@ -15,27 +15,107 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from predictors.prediction import SHAPE_COLUMNS, estimated_attention_pairs
 from throttle.control.state import Phase
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from throttle.control.state import IterationState
 
+    Measure = Callable[
+        [
+            NDArray[np.float64],
+            NDArray[np.float64],
+            NDArray[np.float64],
+            NDArray[np.float64],
+            float,
+        ],
+        NDArray[np.float64],
+    ]
+
 #: Lengths of the windows: from half a fast iteration to where bursts have averaged out.
-_WINDOW_SECONDS = np.geomspace(0.02, 8.0, 16)
+WINDOW_SECONDS = np.geomspace(0.02, 8.0, 16)
 #: Prompt iterations remembered: about a minute of a busy engine.
 _MEMORY_ITERATIONS = 1024
 #: Fewer of them tell nothing yet.
-_LEAST_ITERATIONS = 20
-#: The variance within windows is taken for this many times what the last minute showed: bursts are
-#: rarer than the windows that were seen, and the tails of their work heavier than gamma's. Chosen
-#: on the Azure trace, where the share of late answers was twice the budget with 1.
-_BURST_VARIANCE_RATIO = 1.5
+LEAST_ITERATIONS = 20
+#: Of the iterations without prompts, one in so many begins a window.
+_DECODES_STRIDE = 4
 #: A work window begins with the iteration after the one that it is measured from.
-_SAME_MOMENT_SECONDS = 1e-4
+SAME_MOMENT_SECONDS = 1e-4
+#: Fewer windows with work than this share are never believed.
+LEAST_SHARE = 1e-3
 #: Spread of the tokens in one window, as a share of their mean, is never believed to be less.
-_LEAST_SPREAD_RATIO = 0.3
+LEAST_SPREAD_RATIO = 0.3
+
+
+#: Prompt tokens of one iteration at which its cost is predicted; between them it is interpolated.
+_SIZES_TOKENS = np.array([64, 256, 512, 1024, 2048, 4096, 8192, 16384.0])
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCost:
+    """What prompts of a size cost, in tokens of an iteration of mean size.
+
+    Attention grows with the square of a prompt, and a short one still reads every expert's weights:
+    a token's cost depends on how many others share its iteration. The shape of that differs little
+    from clock to clock.
+
+    Attributes:
+        tokens: Prompt tokens of an iteration, rising, (S,).
+        equivalent_tokens: How many tokens of an iteration of mean size take as long, (S,).
+    """
+
+    tokens: NDArray[np.float64]
+    equivalent_tokens: NDArray[np.float64]
+
+    def equivalent(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Equivalents of iterations of any size, (n,)."""
+        inside = np.interp(tokens, self.tokens, self.equivalent_tokens)
+        return inside * np.where(tokens < self.tokens[0], tokens / self.tokens[0], 1.0)
+
+
+def prompt_size_shapes(
+    prefill_kv_tokens: float, batch_requests: float, context_tokens: float, tokens_limit: float
+) -> NDArray[np.float64]:
+    """Shapes whose prediction `prompt_cost` needs: no prompt, then one of each size, (1 + S, 7).
+
+    Args:
+        prefill_kv_tokens: Tokens of an iteration's prompts already in KV.
+        batch_requests: Generating requests beside it.
+        context_tokens: Their mean context.
+        tokens_limit: Most tokens of one iteration.
+    """
+    sizes = _sizes(tokens_limit)
+    shapes = np.zeros((1 + len(sizes), len(SHAPE_COLUMNS)))
+    shapes[:, 3] = shapes[:, 5] = batch_requests
+    shapes[:, 4] = batch_requests * context_tokens
+    shapes[1:, 0], shapes[1:, 1], shapes[1:, 2] = 1.0, sizes, prefill_kv_tokens
+    shapes[1:, 6] = estimated_attention_pairs(shapes[1:, 0], sizes, shapes[1:, 2])
+    return shapes
+
+
+def prompt_cost(
+    latency_seconds: NDArray[np.float64], mean_tokens: float, tokens_limit: float
+) -> PromptCost:
+    """The cost of prompts by size.
+
+    Args:
+        latency_seconds: Of `prompt_size_shapes` at one clock, (1 + S,).
+        mean_tokens: Prompt tokens of an iteration that has some.
+        tokens_limit: As given there.
+    """
+    sizes = _sizes(tokens_limit)
+    added = np.maximum.accumulate(np.maximum(latency_seconds[1:] - latency_seconds[0], 1e-9))
+    scale = mean_tokens / float(np.interp(mean_tokens, sizes, added))
+    return PromptCost(sizes, added * scale)
+
+
+def _sizes(tokens_limit: float) -> NDArray[np.float64]:
+    return np.append(_SIZES_TOKENS[tokens_limit > _SIZES_TOKENS], tokens_limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +154,17 @@ class PromptWork:
 
 
 class PromptWorkEstimator:
-    """Remembers the prompt iterations of about the last minute."""
+    """Remembers the prompt iterations of about the last minute.
 
-    def __init__(self) -> None:
+    Args:
+        measured: `measure`, or its compiled form.
+    """
+
+    def __init__(self, measured: Measure | None = None) -> None:
+        self._measure = measured or measure
         self._rows: deque[tuple[float, float, float, float]] = deque(maxlen=_MEMORY_ITERATIONS)
+        self._decode_ends: deque[float] = deque(maxlen=_MEMORY_ITERATIONS)
+        self._decodes_count = 0
         self._last_seconds = 0.0
 
     def add(self, state: IterationState) -> None:
@@ -89,29 +176,84 @@ class PromptWorkEstimator:
             start = self._last_seconds if duration is None else end - duration
             tokens, prompts = work.sum_prefill_tokens, work.num_prefill_requests
             self._rows.append((start, end, tokens, prompts))
+        elif state.phase is Phase.COMPLETED and work.num_decode_requests:
+            self._decodes_count += 1
+            if self._decodes_count % _DECODES_STRIDE == 0:
+                self._decode_ends.append(state.engine_time_seconds)
         self._last_seconds = state.engine_time_seconds
 
-    def estimate(self) -> PromptWork | None:
-        """What was seen; None while that is too little."""
-        if len(self._rows) < _LEAST_ITERATIONS:
+    def equivalent_ratio(self, cost: PromptCost) -> float:
+        """Equivalents per token of the iterations that were seen; 1 while they are few."""
+        if len(self._rows) < LEAST_ITERATIONS:
+            return 1.0
+        tokens = np.array(self._rows)[:, 2]
+        return float(cost.equivalent(tokens).sum() / tokens.sum())
+
+    def estimate(self, cost: PromptCost) -> tuple[PromptWork, PromptWork] | None:
+        """What was seen after iterations with prompts, and after ones without.
+
+        The next iteration often computes what arrived during a long one; after a short one there
+        is less of that. None while too little was seen.
+        """
+        if len(self._rows) < LEAST_ITERATIONS:
             return None
         start, end, tokens, prompts = np.array(self._rows).T
-        before = np.concatenate([[0.0], np.cumsum(tokens)])
-        figures = []
-        for window in _WINDOW_SECONDS:
-            seen = end + window <= self._last_seconds
-            if np.count_nonzero(seen) < _LEAST_ITERATIONS:
-                break
-            # Work counts by the iteration that it begins in: that one delays the next token.
-            stop = np.searchsorted(start, end[seen] + window - _SAME_MOMENT_SECONDS)
-            came = np.maximum(before[stop] - before[1:][seen], 0.0)
-            weight = prompts[seen] / prompts[seen].sum()
-            share = max(float(weight @ (came > 0)), 1e-3)
-            mean = max(float(weight @ came) / share, 1.0)
-            variance = _BURST_VARIANCE_RATIO * (float(weight @ came**2) / share - mean**2)
-            figures.append((share, mean, max(variance, (_LEAST_SPREAD_RATIO * mean) ** 2)))
-        if not figures:
+        before = np.concatenate([[0.0], np.cumsum(cost.equivalent(tokens))])
+        after_prompts = self._work(start, before, end, prompts)
+        if after_prompts is None:
             return None
-        shares, means, variances = np.array(figures).T
-        windows = np.log(_WINDOW_SECONDS[: len(figures)])
+        ends = np.array(self._decode_ends)
+        ends = ends[ends >= start[0]]
+        after_decodes = self._work(start, before, ends, np.ones(len(ends)))
+        return after_prompts, after_decodes or after_prompts
+
+    def _work(
+        self,
+        starts: NDArray[np.float64],
+        before: NDArray[np.float64],
+        begins: NDArray[np.float64],
+        weights: NDArray[np.float64],
+    ) -> PromptWork | None:
+        figures = self._measure(starts, before, begins, weights, self._last_seconds)
+        if not len(figures):
+            return None
+        # rows of their own: compiled code would be compiled anew for columns
+        shares, means, variances = figures.T.copy()
+        windows = np.log(WINDOW_SECONDS[: len(figures)])
         return PromptWork(windows, shares, np.log(means), np.log(variances))
+
+
+def measure(
+    starts: NDArray[np.float64],
+    before: NDArray[np.float64],
+    begins: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    now_seconds: float,
+) -> NDArray[np.float64]:
+    """Prompt work in windows of every length that were seen to their end often enough.
+
+    Args:
+        starts: When iterations with prompts began, rising, (n,).
+        before: The work of all before each, and of all, (n + 1,).
+        begins: When windows begin, rising, (m,).
+        weights: What each window counts, positive, (m,).
+        now_seconds: Until when everything is known.
+
+    Returns:
+        Share of windows with work, and the mean and variance of work in those, (W, 3).
+    """
+    figures = []
+    for window in WINDOW_SECONDS:
+        seen = begins + window <= now_seconds
+        if np.count_nonzero(seen) < LEAST_ITERATIONS:
+            break
+        # Work counts by the iteration that it begins in: that one delays the next token.
+        first = np.searchsorted(starts, begins[seen] - SAME_MOMENT_SECONDS)
+        stop = np.searchsorted(starts, begins[seen] + window - SAME_MOMENT_SECONDS)
+        came = np.maximum(before[stop] - before[first], 0.0)
+        weight = weights[seen] / weights[seen].sum()
+        share = max(float(weight @ (came > 0)), LEAST_SHARE)
+        mean = max(float(weight @ came) / share, 1.0)
+        variance = float(weight @ came**2) / share - mean**2
+        figures.append((share, mean, max(variance, (LEAST_SPREAD_RATIO * mean) ** 2)))
+    return np.array(figures).reshape(-1, 3)

@@ -45,7 +45,7 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A clock and why; the figures are predictions for the next iteration.
+    """A clock and why; what is predicted is of the next iteration unless it says otherwise.
 
     Attributes:
         target_clock_mhz: Clock to apply; 0 means the GPU's default.
@@ -58,6 +58,10 @@ class Decision:
         predicted_default_power_watts: The same at the default (fastest) clock.
         cruise_clock_mhz: Clock of least long-run power; 0 while the load is not known.
         lost_requests_count: Requests that no clock can save.
+        long_run_power_watts: Average power of all GPUs of the engine at the present load, idle time
+            included, if work is always done at this clock; 0 while the load is not known.
+        default_long_run_power_watts: The same, had the GPUs always been at default clocks: what is
+            saved is the difference. Fewer requests are batched there, so more iterations are run.
         advice: On what is not decided here; None where the engine did not ask.
     """
 
@@ -71,6 +75,8 @@ class Decision:
     predicted_default_power_watts: float = 0.0
     cruise_clock_mhz: int = 0
     lost_requests_count: int = 0
+    long_run_power_watts: float = 0.0
+    default_long_run_power_watts: float = 0.0
     advice: Advice | None = None
 
 
@@ -125,14 +131,16 @@ class Selector:
         feasible: NDArray[np.bool_],
         long_run_power_watts: NDArray[np.float64] | None,
         now_seconds: float,
+        weight_ratio: NDArray[np.float64] | None = None,
     ) -> tuple[int, Reason]:
-        """Choose a feasible clock of least long-run power.
+        """Choose a feasible clock of least long-run power, weighed by what it risks.
 
         Args:
             feasible: Which clocks keep every limit, (C,).
             long_run_power_watts: Power at the equilibrium of each clock, infinite where the load is
                 not carried, (C,); None while the load is not known.
             now_seconds: Engine time.
+            weight_ratio: What power is multiplied with for what each clock risks, 1 or more, (C,).
 
         Returns:
             The clock's index and the reason. A clock that is not feasible is returned only when
@@ -143,7 +151,8 @@ class Selector:
             return self.jump(fastest, now_seconds), Reason.INFEASIBLE
         if long_run_power_watts is None:
             return self.jump(self._fastest(feasible), now_seconds), Reason.POOR_INFORMATION
-        cost = np.where(feasible, long_run_power_watts, np.inf)
+        cost = long_run_power_watts if weight_ratio is None else long_run_power_watts * weight_ratio
+        cost = np.where(feasible, cost, np.inf)
         best = int(np.argmin(cost))
         if not np.isfinite(cost[best]):
             # The load is more than any feasible clock carries in the long run.

@@ -16,9 +16,9 @@ Posture = Literal["performance", "balanced", "efficiency"]
 
 #: Share of answers that may be late for want of a faster clock, on each rung of the ladder.
 LATE_BUDGETS: Final[dict[Posture, float]] = {
-    "performance": 0.0001,
-    "balanced": 0.0003,
-    "efficiency": 0.001,
+    "performance": 0.0002,
+    "balanced": 0.001,
+    "efficiency": 0.002,
 }
 
 
@@ -28,7 +28,7 @@ class ControlSettings:
 
     Attributes:
         posture: How much may be risked for energy: the share of answers that may be late for want
-            of a faster clock is 0.0001, 0.0003 or 0.001.
+            of a faster clock is 0.0002, 0.001 or 0.002.
         objective: What a clock is judged by among those that keep every limit; the others than
             long-run are kept for comparison.
         ttft_guard_ratio: Share of the time left to a first token that may be planned with.
@@ -36,8 +36,8 @@ class ControlSettings:
         tpot_guard_ratio: Share of the limit on the mean gap that may be planned with, where nothing
             is known of single requests.
         late_budget_ratio: That share itself; empty for the posture's.
-        late_band_ratio: How many times that share may be expected before the clock is raised; it is
-            raised to where the share is kept.
+        late_limit_ratio: Share of the answers that end soon that a clock may be expected to make
+            late at any moment, whatever it saves.
         e2e_guard_ratio: Share of the time left to a last token that may be planned with.
         reserve_seconds: Kept back from every first token for one switch and one decision.
         burst_deviations: Standard deviations of the number of prompts to come that are planned for.
@@ -66,7 +66,7 @@ class ControlSettings:
     tbt_guard_ratio: float = 0.95
     tpot_guard_ratio: float = 0.95
     late_budget_ratio: float | None = None
-    late_band_ratio: float = 2.0
+    late_limit_ratio: float = 0.01
     e2e_guard_ratio: float = 0.9
     reserve_seconds: float = 0.05
     burst_deviations: float = 1.0
@@ -74,8 +74,8 @@ class ControlSettings:
     violation_ratio: float = 0.01
     floor_clock_ratio: float = 0.2
     ceiling_clock_ratio: float = 1.0
-    dwell_seconds: float = 0.75
-    least_dwell_seconds: float = 0.25
+    dwell_seconds: float = 1.1
+    least_dwell_seconds: float = 0.45
     least_gain_ratio: float = 0.01
     raise_step_ratio: float = 0.05
     load_time_constant_seconds: float = 60.0
@@ -133,8 +133,6 @@ class ControlSettings:
             found.append(
                 f"late_budget_ratio is {self.late_budget_ratio}; allowed: above 0, below 0.5"
             )
-        if not 1.0 <= self.late_band_ratio < math.inf:
-            found.append(f"late_band_ratio is {self.late_band_ratio}; allowed: 1 or more, finite")
         if self.floor_clock_ratio > self.ceiling_clock_ratio:
             found.append(
                 f"floor_clock_ratio is {self.floor_clock_ratio}; "
@@ -151,6 +149,7 @@ _SHARES = (
     "floor_clock_ratio",
     "ceiling_clock_ratio",
     "kv_pressure_ratio",
+    "late_limit_ratio",
 )
 _NOT_NEGATIVE = (
     "reserve_seconds",

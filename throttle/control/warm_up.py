@@ -1,4 +1,4 @@
-"""One decision about no engine, so that the first real one waits for no compiler."""
+"""Decisions about no engine, so that the first real one waits for no compiler."""
 
 from __future__ import annotations
 
@@ -46,20 +46,35 @@ _PROFILE = EngineProfile(
 )
 
 
+#: So many states, so far apart, that load and prompt work are known before the last.
+_STATES_COUNT = 64
+_STEP_SECONDS = 0.2
+
+
 def warm_up(predictor: Predictor) -> None:
     """Compile, or load from where compiled code is kept, all that a decision runs through."""
     controller = Controller(_PROFILE, predictor, ControlSettings())
-    arrivals = tuple(
-        RequestEvent(EventKind.ARRIVED, number, prompt_tokens=256) for number in (1, 2, 3)
-    )
-    state = IterationState(
-        sequence_number=1,
+    for number in range(_STATES_COUNT):
+        state = _state(number)
+        controller.observe(state, 0)
+        controller.decide(state)
+
+
+def _state(number: int) -> IterationState:
+    """One of many: a prompt computed in every other, so that the load becomes known."""
+    prompts = number % 2
+    arrivals = tuple(RequestEvent(EventKind.ARRIVED, each, prompt_tokens=256) for each in (1, 2, 3))
+    return IterationState(
+        sequence_number=number + 1,
         phase=Phase.COMPLETED,
-        engine_time_seconds=1.0,
+        engine_time_seconds=1.0 + _STEP_SECONDS * number,
         iteration_duration_seconds=0.01,
-        scheduled=ScheduledRequests(num_prefill_requests=1, sum_prefill_tokens=256),
-        progress=RequestProgress([1, 2], [256, 128], [1, 0]),
-        request_events=arrivals,
+        scheduled=ScheduledRequests(
+            num_prefill_requests=prompts,
+            sum_prefill_tokens=256 * prompts,
+            num_decode_requests=1,
+            sum_decode_kv_tokens=300,
+        ),
+        progress=RequestProgress([1, 2], [256, 128], [1 + number, 0]),
+        request_events=arrivals if number == 0 else (),
     )
-    controller.observe(state, 0)
-    controller.decide(state)

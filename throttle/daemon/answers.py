@@ -50,6 +50,8 @@ def decision_message(
         predicted_default_power_watts=decision.predicted_default_power_watts,
         predicted_default_iteration_seconds=decision.predicted_default_iteration_seconds,
         advice=_advice_message(decision.advice) if decision.advice else None,
+        long_run_power_watts=decision.long_run_power_watts,
+        default_long_run_power_watts=decision.default_long_run_power_watts,
     )
 
 

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 _RECENT_COUNT: Final = 32
 #: Stretches of energy that wait for an iteration; beyond it the oldest two become one.
 _SEGMENTS_LIMIT: Final = 1024
-#: Iterations that wait for energy (a GPU that cannot be read); beyond it the oldest is settled.
-_ITERATIONS_LIMIT: Final = 4096
+#: Iterations that wait for energy (a GPU that cannot be read); beyond it the oldest is settled. Ten
+#: seconds of a fast engine: each is kept whole, so that many engines' would fill the memory.
+_ITERATIONS_LIMIT: Final = 512
 #: Requests that are followed at once; beyond it the oldest is forgotten, its energy is not.
 _REQUESTS_LIMIT: Final = 65_536
 #: Engines that are gone and whose total is still known; beyond it the oldest is forgotten.

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from throttle.control.state import EngineProfile, IterationState
 
 
+#: Predictors kept for engines to come, about 0.5 MB each; those that serve keep their own. Whoever
+#: may register may say a new architecture each time.
+PREDICTORS_LIMIT = 32
 #: Sizes that advice is given on.
 _SIZES_GPUS_COUNTS = (1, 2, 4, 8)
 
@@ -212,7 +215,10 @@ class ControllerFactory:
                     if known is None:
                         raise
                     known = (written, known[1])  # damaged since: what is in memory serves on
-                self._predictors[path, engine] = known
+            self._predictors.pop((path, engine), None)  # the one used last comes last
+            self._predictors[path, engine] = known
+            if len(self._predictors) > PREDICTORS_LIMIT:
+                del self._predictors[next(iter(self._predictors))]
             return known[1]
 
     def _bundle_for(self, engine: Engine) -> Path:

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from throttle.control.state import IterationState
     from throttle.v1 import engine_pb2
 
-#: States that may wait for a decision; an engine that is this far ahead reads no answers.
+#: States that may wait for a decision, and bytes of their messages; an engine that is this far
+#: ahead reads no answers.
 WAITING_STATES_LIMIT: Final = 4096
+WAITING_BYTES_LIMIT: Final = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class Mailbox:
         self._clock = clock
         self._condition = threading.Condition()
         self._arrivals: list[Arrival] = []
+        self._bytes = 0  # of their messages
         self._oldest_seconds: float | None = None
         self._ended = False
         self._error: BaseException | None = None
@@ -53,14 +56,20 @@ class Mailbox:
         Raises:
             ThrottleError: Too many wait already.
         """
+        size = arrival.message.ByteSize()
         with self._condition:
             if self._oldest_seconds is None:
                 self._oldest_seconds = self._clock()
-            if len(self._arrivals) >= WAITING_STATES_LIMIT:
+            count = len(self._arrivals)
+            if count >= WAITING_STATES_LIMIT or (
+                count and self._bytes + size > WAITING_BYTES_LIMIT
+            ):
                 raise ThrottleError(
-                    f"{WAITING_STATES_LIMIT} states wait for a decision; read the answers"
+                    f"{count} states of {self._bytes} bytes wait for a decision; allowed: "
+                    f"{WAITING_STATES_LIMIT} of {WAITING_BYTES_LIMIT} bytes: read the answers"
                 )
             self._arrivals.append(arrival)
+            self._bytes += size
             self._condition.notify()
 
     def end(self, error: BaseException | None = None) -> None:
@@ -86,5 +95,6 @@ class Mailbox:
             if self._ended and (self._error is not None or not self._arrivals):
                 return None
             arrivals, self._arrivals = self._arrivals, []
+            self._bytes = 0
             self._oldest_seconds = None
             return arrivals

@@ -113,8 +113,9 @@ class DaemonMetrics:
         )
         self.predicted_energy = Counter(
             "throttle_predicted_energy_joules_total",
-            "Energy that iterations were predicted to take, at the clocks decided on and at "
-            "default clocks; what GPUs draw between iterations is left out.",
+            "Energy predicted for the load as it came, idle time included: at the clocks decided "
+            "on, and had GPUs always been at default clocks, where batches are smaller and more "
+            "iterations run. From when an engine's load is known.",
             ["clocks"],
             registry=registry,
         )
@@ -178,14 +179,16 @@ class DaemonMetrics:
         """
         self.decisions.labels(outcome, reason).inc()
         self.decision_duration.observe(decision.decision_duration_seconds)
-        if decision.predicted_default_iteration_seconds > 0:
-            self.predicted_energy.labels("decided").inc(
-                decision.predicted_power_watts * decision.predicted_iteration_seconds
-            )
-            self.predicted_energy.labels("default").inc(
-                decision.predicted_default_power_watts
-                * decision.predicted_default_iteration_seconds
-            )
+
+    def count_energy(self, decision: decision_pb2.Decision, seconds: float) -> None:
+        """Count what is predicted for the time that a decision was in force.
+
+        Args:
+            decision: The answer.
+            seconds: How long.
+        """
+        self.predicted_energy.labels("decided").inc(decision.long_run_power_watts * seconds)
+        self.predicted_energy.labels("default").inc(decision.default_long_run_power_watts * seconds)
 
     def note_change(self, engine_id: str, from_mhz: int, to_mhz: int, reason: str) -> None:
         """Remember that an engine's clock changed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
 import grpc
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from throttle.daemon.sessions import OpenSession, Sessions
     from throttle.daemon.telemetry import Telemetry
 
+_Error = TypeVar("_Error", bound=Exception)
 
 #: The first class that fits counts. What is not listed is a bug: INTERNAL.
 _CODES: Final = (
@@ -266,7 +267,8 @@ def _first_message(
 ) -> engine_pb2.EngineRegistration:
     try:
         first = next(requests, None)
-    except grpc.RpcError:  # the engine went away
+    except grpc.RpcError as error:  # the engine went away
+        _forget_frames(error)
         first = None
     kind = first.WhichOneof("message") if first is not None else None
     if first is None or kind != "registration":
@@ -291,12 +293,24 @@ def _read_states(
                 )
             message = _state_message(request)
             mailbox.put(Arrival(reader.read(message), message))
-    except grpc.RpcError:
+    except grpc.RpcError as error:
+        _forget_frames(error)
         mailbox.end()  # the engine went away, which is no error of the stream's
-    except Exception as error:  # noqa: BLE001 - reported by the thread that answers
+    except ThrottleError as error:
+        mailbox.end(_forget_frames(error))
+    except Exception as error:  # noqa: BLE001 - a bug: reported by the thread that answers
         mailbox.end(error)
     else:
         mailbox.end()
+
+
+def _forget_frames(error: _Error) -> _Error:
+    """Drop the traceback of an error that will be kept by what its frames refer to.
+
+    gRPC keeps errors with the call, a mailbox its own. Such a ring holds the engine's session with
+    all that it learned until the collector's last generation comes by, which takes minutes.
+    """
+    return error.with_traceback(None)
 
 
 def _state_message(

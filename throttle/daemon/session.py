@@ -102,6 +102,7 @@ class Session:
         self._applied_clock_mhz = DEFAULT_CLOCKS
         self._last_state_seconds: float | None = None
         self._last_sequence_number = 0
+        self._last_engine_seconds = 0.0
         self._busy_since_seconds: float | None = None
         self._last_decision: decision_pb2.Decision | None = None
         self._states_count = 0
@@ -138,6 +139,7 @@ class Session:
         duration = self._clock() - started
         decision, applied = self._apply(decision)
         self._meter.note([arrival.state for arrival in arrivals])
+        self._count_energy(newest.engine_time_seconds)
         self._last_state_seconds = self._clock()
         self._last_sequence_number = newest.sequence_number
         self._busy_since_seconds = None
@@ -339,6 +341,15 @@ class Session:
         )
         return message
 
+    def _count_energy(self, engine_seconds: float) -> None:
+        """Count what the last decision came to until now, by the engine's time."""
+        elapsed = engine_seconds - self._last_engine_seconds
+        self._last_engine_seconds = engine_seconds
+        if self._last_decision is not None:
+            # silence beyond the lease is not known to be this load
+            elapsed = min(max(elapsed, 0.0), self.profile.lease_seconds)
+            self._metrics.count_energy(self._last_decision, elapsed)
+
     def _give_back(self) -> None:
         lease, self._lease = self._lease, None
         if lease is None:
@@ -364,3 +375,4 @@ class Session:
         elif self._faulty:
             self._log.info("control_recovered")
         self._faulty = self._error is not None
+        self._error = None  # its traceback refers to this session, which it would keep

@@ -148,12 +148,8 @@ def _engine(status: throttle_service_pb2.EngineStatus) -> dict[str, Any]:
     known = status.HasField("last_decision")
     decision = status.last_decision
     limit = decision.binding_limit if decision.HasField("binding_limit") else None
-    saving = None
-    if known and decision.predicted_default_iteration_seconds > 0:
-        default = decision.predicted_default_power_watts
-        default *= decision.predicted_default_iteration_seconds
-        decided = decision.predicted_power_watts * decision.predicted_iteration_seconds
-        saving = 1.0 - decided / default if default > 0 else None
+    default = decision.default_long_run_power_watts
+    saving = 1.0 - decision.long_run_power_watts / default if default > 0 else None
     return {
         "id": status.engine_id,
         "mode": _word(engine_pb2.ControlMode, status.mode, "CONTROL_MODE_"),

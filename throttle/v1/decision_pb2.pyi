@@ -315,6 +315,8 @@ class Decision(_message.Message):
     PREDICTED_DEFAULT_POWER_WATTS_FIELD_NUMBER: _builtins.int
     PREDICTED_DEFAULT_ITERATION_SECONDS_FIELD_NUMBER: _builtins.int
     ADVICE_FIELD_NUMBER: _builtins.int
+    LONG_RUN_POWER_WATTS_FIELD_NUMBER: _builtins.int
+    DEFAULT_LONG_RUN_POWER_WATTS_FIELD_NUMBER: _builtins.int
     sequence_number: _builtins.int
     """The state that this answers; states that a newer one overtook are answered by the newer one's."""
     target_clock_mhz: _builtins.int
@@ -338,9 +340,17 @@ class Decision(_message.Message):
     decision_duration_seconds: _builtins.float
     """Time spent in the service on this decision, actuation left out, seconds."""
     predicted_default_power_watts: _builtins.float
-    """Expected power at the default clock during the same work, watts: what shadow mode compares with."""
+    """Expected power at the default clock during the same iteration, watts. One iteration tells little of what is saved: at
+    default clocks batches are smaller and more iterations run. For that, compare the long-run powers below.
+    """
     predicted_default_iteration_seconds: _builtins.float
     """Duration expected at the default clock, seconds."""
+    long_run_power_watts: _builtins.float
+    """Average power of the engine's GPUs at the present load, idle time included, if work is always done at the clock decided
+    on last for work, watts; 0 while the load is not yet known, or is more than that clock or the default carries.
+    """
+    default_long_run_power_watts: _builtins.float
+    """The same, had the GPUs always been at default clocks, idle ones too: what is saved is the difference."""
     @_builtins.property
     def binding_limit(self) -> Global___BindingLimit:
         """The limit that binds; unset when none does."""
@@ -367,10 +377,12 @@ class Decision(_message.Message):
         predicted_default_power_watts: _builtins.float = ...,
         predicted_default_iteration_seconds: _builtins.float = ...,
         advice: Global___Advice | None = ...,
+        long_run_power_watts: _builtins.float = ...,
+        default_long_run_power_watts: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "binding_limit", b"binding_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "applied", b"applied", "applied_clock_mhz", b"applied_clock_mhz", "binding_limit", b"binding_limit", "cruise_clock_mhz", b"cruise_clock_mhz", "decision_duration_seconds", b"decision_duration_seconds", "lost_requests_count", b"lost_requests_count", "predicted_default_iteration_seconds", b"predicted_default_iteration_seconds", "predicted_default_power_watts", b"predicted_default_power_watts", "predicted_iteration_seconds", b"predicted_iteration_seconds", "predicted_iteration_upper_seconds", b"predicted_iteration_upper_seconds", "predicted_power_watts", b"predicted_power_watts", "reason", b"reason", "sequence_number", b"sequence_number", "target_clock_mhz", b"target_clock_mhz"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "applied", b"applied", "applied_clock_mhz", b"applied_clock_mhz", "binding_limit", b"binding_limit", "cruise_clock_mhz", b"cruise_clock_mhz", "decision_duration_seconds", b"decision_duration_seconds", "default_long_run_power_watts", b"default_long_run_power_watts", "long_run_power_watts", b"long_run_power_watts", "lost_requests_count", b"lost_requests_count", "predicted_default_iteration_seconds", b"predicted_default_iteration_seconds", "predicted_default_power_watts", b"predicted_default_power_watts", "predicted_iteration_seconds", b"predicted_iteration_seconds", "predicted_iteration_upper_seconds", b"predicted_iteration_upper_seconds", "predicted_power_watts", b"predicted_power_watts", "reason", b"reason", "sequence_number", b"sequence_number", "target_clock_mhz", b"target_clock_mhz"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,8 +16,8 @@ from throttle.control.lateness import (
     BOUND_DEVIATIONS,
     LEAST_SHARE,
     NEWCOMER_GAPS,
-    PROMPT_BUSY_LIMIT,
     RECOURSE_RATIO,
+    RECOURSE_SECONDS,
     Lateness,
     judged_clocks,
 )
@@ -102,8 +102,7 @@ def expect_lateness(
         log_variance,
         float(newcomers.tpot_seconds) if newcomers is not None else 0.0,
         float(newcomers.requests_per_second) if newcomers is not None else 0.0,
-        float(newcomers.prompt_tokens_per_second) if newcomers is not None else 0.0,
-        min(horizon.prefill_segments_count, len(horizon.iterations) - 1),
+        horizon.prefill_segments_count,
         newcomers is not None,
     )
     if total <= 0.0:
@@ -120,6 +119,7 @@ def _add_late(
     token_seconds: NDArray[np.float64],
     before: NDArray[np.float64],
     narrow: NDArray[np.float64],
+    known: NDArray[np.float64],
     windows: NDArray[np.float64],
     any_ratio: NDArray[np.float64],
     log_mean: NDArray[np.float64],
@@ -130,9 +130,10 @@ def _add_late(
 ) -> None:
     """Add the probability of being late at the end of one segment, weighed, to `late`.
 
-    `PromptWork.within` and `_View._late` of all answers at all clocks. `shares` and `granted` are
-    (n,), `seconds`, `deviation` and `token_seconds` (J,), and `before`, `narrow` (what an answer's
-    own beginning takes off the two) and `late` are (J, n). `room` and `bits` are to work in.
+    `PromptWork.within` and `_View._late` of all answers at all clocks. `shares`, `granted` and
+    `known` (what no further prompt comes in) are (n,), `seconds`, `deviation` and `token_seconds`
+    (J,), and `before`, `narrow` (what an answer's own beginning takes off the two) and `late` are
+    (J, n). `room` and `bits` are to work in.
     """
     clocks_count, count = late.shape
     if not len(windows):
@@ -147,7 +148,7 @@ def _add_late(
     size = clocks_count * count
     logs, moments, came = room[0], room[4], room[5]
     for answer in range(count):
-        within = max(granted[answer], 1e-6)
+        within = max(granted[answer] - known[answer], 1e-6)
         place = (np.log(within) - windows[0]) * steps_per_log
         low = min(max(int(place), 0), max(last - 1, 0))
         into = min(max(place - low, 0.0), 1.0)
@@ -159,7 +160,7 @@ def _add_late(
     exponentials(logs, bits, moments, 2 * count)
     tokens, variances = moments[:count], moments[count : 2 * count]
     for answer in range(count):
-        grown = max(granted[answer] / last_seconds, 1.0)
+        grown = max((granted[answer] - known[answer]) / last_seconds, 1.0)
         tokens[answer] *= grown
         variances[answer] *= grown
     # one array written per loop: the compiler gives up on telling more of them apart
@@ -267,8 +268,7 @@ def _lateness(
     log_variance: NDArray[np.float64],
     newcomer_tpot: float,
     newcomers_per_second: float,
-    newcomer_tokens_per_second: float,
-    newcomer_segment: int,
+    prefill_segments_count: int,
     newcomers_known: bool,  # noqa: FBT001 - compiled functions take positions
 ) -> tuple[float, NDArray[np.float64], float, NDArray[np.float64]]:
     """Weight, excess at every clock, and the foremost answer with its slack at every clock."""
@@ -345,9 +345,27 @@ def _lateness(
             share = own_shares[segment] if limited and gaps > 0.0 else 0.0
             shares[segment, answer] = share
             granted[segment, answer] = tpot * max(gaps, 0.0) + banked
-            weight += share
             if share > most:
                 likely[answer], most = segment, share
+    # lateness that will be judged again before it is here counts less
+    kernel, kernel_seconds = np.empty(segments_count), 0.0
+    started = 0.0
+    for segment in range(segments_count):
+        ended = seconds[segment, count - 1]
+        kernel[segment] = np.exp(-0.5 * (started + ended) / RECOURSE_SECONDS)
+        kernel_seconds += kernel[segment] * (ended - started)
+        started = ended
+    weight = 0.0
+    for segment in range(segments_count):
+        for answer in range(answers_count):
+            shares[segment, answer] *= kernel[segment]
+            weight += shares[segment, answer]
+    # whose prompts share the next iterations is known; others come only after them
+    known_segments = min(max(prefill_segments_count, 1), segments_count)
+    planned = seconds[known_segments - 1, count - 1]
+    known = np.full(answers_count, planned)
+    for answer in range(len(decodes), answers_count):
+        known[answer] = max(planned - before[count - 1, answer], 0.0)
     late = np.zeros((count, answers_count))
     most_at_once = max(answers_count, len(NEWCOMER_GAPS)) * max(count, 2)
     room, bits = np.empty((6, most_at_once)), np.empty(most_at_once, np.int64)
@@ -361,6 +379,7 @@ def _lateness(
                 token_seconds[segment],
                 before,
                 narrow,
+                known if segment >= known_segments else granted[segment],
                 windows,
                 any_ratio,
                 log_mean,
@@ -389,7 +408,7 @@ def _lateness(
     for clock in range(count):
         late_sum[clock] = late[clock].sum()
     if newcomers_known:
-        segment, gaps_count = newcomer_segment, len(NEWCOMER_GAPS)
+        segment, gaps_count = min(prefill_segments_count, segments_count - 1), len(NEWCOMER_GAPS)
         everyone = survival[len(survival) - 1]
         alive = _survival_at(1.0, starts, everyone)
         coming, allowed = np.empty(gaps_count), newcomer_tpot * NEWCOMER_GAPS
@@ -412,6 +431,7 @@ def _lateness(
             token_seconds[segment],
             taken,
             spread,
+            np.zeros(gaps_count),
             windows,
             any_ratio,
             log_mean,
@@ -421,10 +441,8 @@ def _lateness(
             newcomers_late,
         )
         for clock in range(count):
-            busy = newcomer_tokens_per_second * token_seconds[segment, clock]
-            rest = 1.0 - min(busy, PROMPT_BUSY_LIMIT)
-            came = newcomers_per_second * seconds[segments_count - 1, clock] / rest
-            late_sum[clock] += RECOURSE_RATIO * came * newcomers_late[clock].sum()
+            came = newcomers_per_second * kernel_seconds * RECOURSE_RATIO
+            late_sum[clock] += came * newcomers_late[clock].sum()
             total[clock] += came
     # the excess, never rising with the clock, interpolated in logarithms
     logs = np.empty(count)

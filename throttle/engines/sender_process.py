@@ -76,8 +76,9 @@ class SenderProcess:
 
     States pass through the same `Outbox` as a client's: while the socket takes them each goes out
     at once; behind a sender that does not read the newest wins, completed iterations wait in a
-    short line and no event is lost. A sender that has ended is replaced after a pause, on a thread
-    of its own, and told of every live request.
+    short line and no event is lost; what waits goes out with the next state or heartbeat, and until
+    then the lease may run out, which is safe. A sender that has ended is replaced after a pause, on
+    a thread of its own, and told of every live request.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 #: Shapes that ride on one horizon's prediction, and pieces that a settling has at most, about.
 _SHAPES_AT_ONCE = 8
-_PIECES_COUNT = 12
+_PIECES_COUNT = 16
 #: Share of the period after which a settling should be done: where decisions come too seldom for
 #: that, everything is computed at once.
 _SETTLING_RATIO = 0.5
@@ -190,7 +190,10 @@ class Outlook:
             )
             self._started_seconds = now_seconds
             self._pieces = self._settle_by_pieces(load, lengths, generated_tokens)
-        return next(self._pieces, None)
+        wanted = next(self._pieces, None)
+        while self._at_once and wanted is None:
+            wanted = next(self._pieces)
+        return wanted
 
     def settle(self, prediction: Prediction) -> None:
         """Take in what was predicted.
@@ -214,18 +217,19 @@ class Outlook:
         """Compute everything anew; each piece takes half as long as a decision, or less."""
         load = load.with_answers_of(lengths.mean_tokens(generated_tokens))
         limits, resting = self._limits, self._resting_power_watts
+        yield None
         shapes = self._shapes(load)
         predictions = []
         at_once = len(shapes) if self._at_once else _SHAPES_AT_ONCE
         for first in range(0, len(shapes), at_once):
-            if not self._at_once:
-                yield None
+            yield None
             wanted = shapes[first : first + at_once]
             while (prediction := (yield wanted)) is None:
                 pass  # a decision failed before it had one
             predictions.append(prediction)
         yield None
         prediction, cost = self._split(_joined(predictions), load)
+        yield None
         fastest = prediction.latency_seconds[:, self._ceiling]
         headroom = growth_limit_ratio(load, limits, fastest) - 1.0
         yield None

@@ -22,14 +22,14 @@ CLOCK_BAND_EDGES: tuple[float, ...] = (0.5, 0.75)
 PHASES: tuple[str, ...] = ("decode", "prefill", "several_prefills")
 
 #: Old KV over new tokens from which several prompts count as unsure.
-_OLD_KV_RATIO = 0.25
+OLD_KV_RATIO = 0.25
 
 
 def phases_of(shapes: NDArray[np.float64]) -> NDArray[np.intp]:
     """Index in `PHASES` of each of (K, 7) shapes, (K,)."""
     requests, tokens, old = shapes[:, 0], shapes[:, 1], shapes[:, 2]
     phases = (tokens > 0.0).astype(np.intp)
-    phases += (requests > 1.5) & (old > _OLD_KV_RATIO * tokens) & (tokens > 0.0)
+    phases += (requests > 1.5) & (old > OLD_KV_RATIO * tokens) & (tokens > 0.0)
     return phases
 
 

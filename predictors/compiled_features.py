@@ -6,7 +6,7 @@ the same numbers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -106,6 +106,17 @@ class CompiledFeatures:
         self._parts_count = len(parts)
         self._features_count = len(space.features)
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What `build_features` takes after the shapes; the counts of features and of parts."""
+        return (
+            self._constants,
+            self._table,
+            self._weights,
+            self._features_count,
+            self._parts_count,
+        )
+
     def build(
         self, shapes: NDArray[np.float64]
     ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]] | None:
@@ -114,13 +125,14 @@ class CompiledFeatures:
             return None
         features = np.empty((self._features_count, len(shapes)), dtype=np.float32)
         weighed = np.empty((len(self._weights), len(shapes)))
-        if not _build(shapes, self._constants, self._table, self._weights, features, weighed):
+        constants, table, weights = self.arguments[:3]
+        if not build_features(shapes, constants, table, weights, features, weighed):
             return None
         return features, weighed[: self._parts_count], weighed[self._parts_count :]
 
 
 @compiled
-def _build(
+def build_features(
     shapes: NDArray[np.float64],
     constants: NDArray[np.float64],
     table: NDArray[np.float64],

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from predictors.calibration import phases_of
-from predictors.compiled_features import CompiledFeatures
+from predictors.calibration import OLD_KV_RATIO, phases_of
+from predictors.compiled_features import CompiledFeatures, build_features
 from predictors.elementary import compiled, exponentials
 from predictors.errors import BundleError
 from predictors.features import CLOCK_FEATURE, FeatureSpace
-from predictors.prediction import Prediction
+from predictors.prediction import SHAPE_COLUMNS, Prediction
 from predictors.predictor import BundlePredictor
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from predictors.bundle import Bundle
+
+_SHAPE_WIDTH = len(SHAPE_COLUMNS)
 
 #: Feature index that marks a leaf.
 _LEAF = -1
@@ -179,6 +181,7 @@ class SweepPredictor(BundlePredictor):
         )
 
         self._features: CompiledFeatures | None = None
+        self._model: tuple[Any, ...] | None = None
         self._compile_features()
 
     def with_active_experts(self, ratio: float) -> Self:
@@ -192,25 +195,11 @@ class SweepPredictor(BundlePredictor):
         space = self._space
         if type(space) is FeatureSpace and space.whole:
             self._features = CompiledFeatures(space, self._base.weights, self._power_base.weights)
+            self._model = (*self._features.arguments, *self._forests())
 
-    def covers(self, shapes: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Tell, per shape, whether its load lies inside the range seen in training, shape (K,)."""
-        inside = np.empty(len(shapes), np.bool_)
-        _covers(shapes, self._lowest, self._highest, inside)
-        return inside
-
-    def predict(self, shapes: NDArray[np.float64]) -> Prediction:
-        """Predict a (K, 7) matrix of shapes at every clock; see `Predictor.predict`."""
-        built = None if self._features is None else self._features.build(shapes)
-        if built is None:  # which also says what is wrong with shapes that are not allowed
-            features, terms = self._space.build(shapes)
-            built = features, self._base.parts(terms), self._power_base.work(terms)
-        form = (len(shapes), len(self._clock_ratios))
-        prediction = Prediction(np.empty(form), np.empty(form), np.empty(form))
-        _predict(
-            *built,
-            # a new array: other forms of `shapes` would be compiled for once more, while serving
-            phases_of(shapes),
+    def _forests(self) -> tuple[Any, ...]:
+        """What `_predict` takes after phases and results."""
+        return (
             self._latency.roots,
             self._latency.nodes,
             self._latency.base_score,
@@ -222,21 +211,109 @@ class SweepPredictor(BundlePredictor):
             self._static_watts,
             self._work_rates,
             float(self.manifest.power_limit_watts),
-            prediction.latency_seconds,
-            prediction.latency_upper_seconds,
-            prediction.power_watts,
         )
-        return prediction
+
+    @property
+    def model(self) -> tuple[Any, ...] | None:
+        """What `predict_shapes` takes after the shapes; None where that cannot build features."""
+        return self._model
+
+    @property
+    def envelope(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What `shapes_covered` takes after the shapes."""
+        return self._lowest, self._highest
+
+    def covers(self, shapes: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Tell, per shape, whether its load lies inside the range seen in training, shape (K,)."""
+        return shapes_covered(np.ascontiguousarray(shapes, np.float64), *self.envelope)
+
+    def predict(self, shapes: NDArray[np.float64]) -> Prediction:
+        """Predict a (K, 7) matrix of shapes at every clock; see `Predictor.predict`."""
+        if self._model is not None and shapes.ndim == 2:
+            found = predict_shapes(np.ascontiguousarray(shapes, np.float64), self._model)
+            if len(found):
+                return Prediction(found[0], found[1], found[2])
+        # which also says what is wrong with shapes that are not allowed
+        features, terms = self._space.build(shapes)
+        found = np.empty((3, len(shapes), len(self._clock_ratios)))
+        _predict(
+            features,
+            self._base.parts(terms),
+            self._power_base.work(terms),
+            # a new array: other forms of `shapes` would be compiled for once more, while serving
+            phases_of(shapes),
+            found,
+            *self._forests(),
+        )
+        return Prediction(found[0], found[1], found[2])
 
 
 @compiled
-def _covers(
-    shapes: NDArray[np.float64],
-    lowest: NDArray[np.float64],
-    highest: NDArray[np.float64],
-    inside: NDArray[np.bool_],
-) -> None:
-    """Compare `envelope_columns` with their ranges."""
+def predict_shapes(shapes: NDArray[np.float64], model: tuple[Any, ...]) -> NDArray[np.float64]:
+    """Latency, its bound and power of (K, 7) shapes, (3, K, C); (0, K, C) if one is not allowed.
+
+    Args:
+        shapes: What is computed, columns as in `SHAPE_COLUMNS`.
+        model: Of a `SweepPredictor`.
+    """
+    (
+        constants,
+        table,
+        weights,
+        features_count,
+        parts_count,
+        latency_roots,
+        latency_nodes,
+        latency_base_score,
+        power_roots,
+        power_nodes,
+        power_base_score,
+        clock_ratios,
+        bound_factors,
+        static_watts,
+        work_rates,
+        power_limit_watts,
+    ) = model
+    rows_count, clocks_count = len(shapes), len(clock_ratios)
+    if shapes.shape[1] != _SHAPE_WIDTH:
+        return np.empty((0, rows_count, clocks_count))
+    features = np.empty((features_count, rows_count), np.float32)
+    weighed = np.empty((len(weights), rows_count))
+    if not build_features(shapes, constants, table, weights, features, weighed):
+        return np.empty((0, rows_count, clocks_count))
+    phases = np.zeros(rows_count, np.intp)
+    for row in range(rows_count):  # `phases_of`
+        requests, tokens, old = shapes[row, 0], shapes[row, 1], shapes[row, 2]
+        if tokens > 0.0:
+            phases[row] = 2 if requests > 1.5 and old > OLD_KV_RATIO * tokens else 1
+    found = np.empty((3, rows_count, clocks_count))
+    _predict(
+        features,
+        weighed[:parts_count],
+        weighed[parts_count:],
+        phases,
+        found,
+        latency_roots,
+        latency_nodes,
+        latency_base_score,
+        power_roots,
+        power_nodes,
+        power_base_score,
+        clock_ratios,
+        bound_factors,
+        static_watts,
+        work_rates,
+        power_limit_watts,
+    )
+    return found
+
+
+@compiled
+def shapes_covered(
+    shapes: NDArray[np.float64], lowest: NDArray[np.float64], highest: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Whether `envelope_columns` of each of (K, 7) shapes lie within their ranges, (K,)."""
+    inside = np.empty(len(shapes), np.bool_)
     for row in range(len(shapes)):
         covered = True
         for column in range(len(lowest)):
@@ -248,6 +325,7 @@ def _covers(
                 value = shapes[row, 4] / max(shapes[row, 3], 1.0)
             covered = covered and lowest[column] <= value <= highest[column]
         inside[row] = covered
+    return inside
 
 
 @compiled
@@ -256,6 +334,7 @@ def _predict(
     parts: NDArray[np.float64],
     work: NDArray[np.float64],
     phases: NDArray[np.intp],
+    found: NDArray[np.float64],
     latency_roots: NDArray[np.int32],
     latency_nodes: NDArray[Any],
     latency_base_score: float,
@@ -267,11 +346,9 @@ def _predict(
     static_watts: NDArray[np.float64],
     work_rates: NDArray[np.float64],
     power_limit_watts: float,
-    latency: NDArray[np.float64],
-    upper: NDArray[np.float64],
-    power: NDArray[np.float64],
 ) -> None:
-    """Fill latency, bound and power, (K, C) each; rows that the walk can mark at once in turn."""
+    """Fill latency, bound and power, (3, K, C); rows that the walk can mark at once in turn."""
+    latency, upper, power = found[0], found[1], found[2]
     rows_count, clocks_count = latency.shape
     room = (clocks_count + 1) * min(rows_count, _ROWS_AT_ONCE)
     bits, base = np.empty(room, np.int64), np.empty(clocks_count)

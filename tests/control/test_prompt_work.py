@@ -27,7 +27,7 @@ EVEN = PromptCost(np.array([1.0, 1e5]), np.array([1.0, 1e5]))
 
 
 def _within(estimator, seconds, *, after_decodes=False, cost=EVEN):
-    work = estimator.estimate(cost)[after_decodes]
+    work = estimator.after_decodes(cost) if after_decodes else estimator.after_prompts(cost)
     ratio, mean, variance = work.within(np.array([seconds]))
     return float(ratio[0]), float(mean[0]), float(variance[0])
 
@@ -71,10 +71,12 @@ def test_too_little_is_no_estimate():
     estimator = PromptWorkEstimator()
     for step in range(10):
         estimator.add(_iteration(0.1 * step, 300))
-    assert estimator.estimate(EVEN) is None
+    assert estimator.after_prompts(EVEN) is None
+    assert estimator.after_decodes(EVEN) is None
     for step in range(10, 100):
         estimator.add(_iteration(0.1 * step, 0))
-    assert estimator.estimate(EVEN) is None
+    assert estimator.after_prompts(EVEN) is None
+    assert estimator.after_decodes(EVEN) is None
 
 
 def test_after_an_iteration_without_prompts_fewer_come_at_once():
@@ -95,8 +97,19 @@ def test_without_a_decode_iteration_the_windows_after_prompts_stand_for_all():
     estimator = PromptWorkEstimator()
     for step in range(500):
         estimator.add(_iteration(0.1 * step, 300))
-    after_prompts, after_decodes = estimator.estimate(EVEN)
-    assert after_decodes is after_prompts
+    np.testing.assert_array_equal(
+        estimator.after_decodes(EVEN).log_mean_tokens, estimator.after_prompts(EVEN).log_mean_tokens
+    )
+
+
+def test_only_the_last_prompts_are_remembered():
+    estimator, recent = PromptWorkEstimator(), PromptWorkEstimator()
+    for step in range(5000):
+        iteration = _iteration(0.1 * step, 100 if step < 3900 else 700)
+        estimator.add(iteration)
+        if step >= 5000 - 1024:
+            recent.add(iteration)
+    assert _within(estimator, 0.5) == _within(recent, 0.5)
 
 
 def test_large_prompts_weigh_more_than_their_tokens_where_they_cost_more():

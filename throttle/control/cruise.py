@@ -12,6 +12,7 @@ and wrong at another (docs/decisions/0002-long-run-average-power.md).
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -276,7 +277,7 @@ def growth_limit_ratio(
         latency_seconds: Of `equilibrium_shapes(load, limits)` at that clock, (2G,).
     """
     grid = _grid(limits)
-    batch = np.geomspace(grid[0], grid[-1], _GROWTH_BATCHES_COUNT)
+    batch = _growth_batches(float(grid[0]), float(grid[-1]))
     decode_seconds, mixed_seconds = (
         np.interp(batch, grid, half) for half in np.split(latency_seconds, 2)
     )
@@ -292,6 +293,11 @@ def growth_limit_ratio(
         & (mixed_seconds <= limits.ttft_seconds * (1.0 - prefill_share))
     )
     return float(ratio[kept].max(initial=0.0))
+
+
+@functools.cache
+def _growth_batches(least: float, most: float) -> NDArray[np.float64]:
+    return np.geomspace(least, most, _GROWTH_BATCHES_COUNT)
 
 
 def _has_room(

@@ -301,7 +301,7 @@ class Forecaster:
             settled = _rows(prediction, first + len(observed), None)
             latency, upper = self._feedback.correct(settled, due[:, 1] > 0)
             power = settled.power_watts * self._feedback.power_ratio
-            self._outlook.settle(Prediction(latency, upper, power), now)
+            self._outlook.settle(Prediction(latency, upper, power))
         return _rows(prediction, 0, first)
 
     def _learn(self, observation: _Observation, prediction: Prediction, row: int) -> None:

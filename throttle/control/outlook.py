@@ -1,12 +1,15 @@
 """What the load will bring: estimated as it comes, settled once a second.
 
 The slow half of a decision. Batch, prompts between tokens and the price of time change with the
-load, not with the iteration, so they are computed once per period from one prediction that rides on
-that of a horizon, and read from here in between.
+load, not with the iteration, so they are computed once per period and read from here in between.
+They would take several times as long as a decision, so they are computed piece by piece over some
+ten decisions, and what each piece wants predicted rides on the prediction of that decision's
+horizon.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +38,8 @@ from throttle.control.prompt_work import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from numpy.typing import NDArray
 
     from throttle.control.arrivals import OfferedLoad
@@ -44,9 +49,41 @@ if TYPE_CHECKING:
     from throttle.control.settings import ControlSettings
     from throttle.control.state import EngineProfile, IterationState
 
+    #: Asks for the prediction of shapes, or with None to go on at the next decision.
+    _Pieces = Generator[NDArray[np.float64] | None, Prediction | None, None]
 
+
+#: Shapes that ride on one horizon's prediction, and pieces that a settling has at most, about.
+_SHAPES_AT_ONCE = 8
+_PIECES_COUNT = 16
+#: Share of the period after which a settling should be done: where decisions come too seldom for
+#: that, everything is computed at once.
+_SETTLING_RATIO = 0.5
 #: Generating requests beside a prompt while no equilibrium is known.
 _UNKNOWN_BATCH = 16.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """What was computed together.
+
+    Attributes:
+        load: Of which load; None before the first.
+        equilibrium: What each clock settles at.
+        interruptions: What prompts to come add.
+        work_after_prompts: Prompt tokens that follow iterations with prompts.
+        work_after_decodes: Those that follow iterations without.
+        refund_watts: What a second less of computing is worth.
+        load_headroom_ratio: By how much the load may grow.
+    """
+
+    load: OfferedLoad | None = None
+    equilibrium: Equilibrium | None = None
+    interruptions: Interruptions | None = None
+    work_after_prompts: PromptWork | None = None
+    work_after_decodes: PromptWork | None = None
+    refund_watts: float = 0.0
+    load_headroom_ratio: float | None = None
 
 
 class Outlook:
@@ -80,28 +117,25 @@ class Outlook:
             settings.load_time_constant_seconds, settings.load_settling_seconds
         )
         self._prompt_work = PromptWorkEstimator(None if steps is None else steps.measure_work)
-        self._works: tuple[PromptWork, PromptWork] | None = None
-        self._interruptions: Interruptions | None = None
-        self._equilibrium: Equilibrium | None = None
-        self._settled_load: OfferedLoad | None = None
-        self._load_headroom_ratio: float | None = None
-        self._refund_watts = 0.0
-        self._due_seconds = -np.inf
+        self._settled = _Settled()
+        self._pieces: _Pieces | None = None
+        self._at_once = True
+        self._started_seconds = self._advanced_seconds = self._due_seconds = -np.inf
 
     @property
     def equilibrium(self) -> Equilibrium | None:
         """What each clock settles at; None while the load is not known."""
-        return self._equilibrium
+        return self._settled.equilibrium
 
     @property
     def interruptions(self) -> Interruptions | None:
         """What prompts to come add to iterations; None while the load is not known."""
-        return self._interruptions
+        return self._settled.interruptions
 
     @property
     def refund_watts(self) -> float:
         """What a second less of computing is worth at this load, of one GPU."""
-        return self._refund_watts
+        return self._settled.refund_watts
 
     @property
     def load_headroom_ratio(self) -> float | None:
@@ -109,12 +143,12 @@ class Outlook:
 
         Below 0 it is too much already; None while the load is not known.
         """
-        return self._load_headroom_ratio
+        return self._settled.load_headroom_ratio
 
     @property
     def load(self) -> OfferedLoad | None:
         """The load that was settled last."""
-        return self._settled_load
+        return self._settled.load
 
     @property
     def limits(self) -> CarryingLimits:
@@ -134,56 +168,102 @@ class Outlook:
     def due_shapes(
         self, now_seconds: float, lengths: LengthCurve, generated_tokens: NDArray[np.float64]
     ) -> NDArray[np.float64] | None:
-        """Shapes whose prediction `settle` wants now, (S, 7); None while nothing is due.
+        """Go on with what is due; shapes whose prediction `settle` wants, (S, 7), or None.
 
         Args:
             now_seconds: Engine time.
             lengths: How long answers are.
             generated_tokens: Output so far of those that go on, (n,).
         """
-        load = self._load.load()
-        if load is None or now_seconds < self._due_seconds:
+        if now_seconds <= self._advanced_seconds:
             return None
-        self._settled_load = load.with_answers_of(lengths.mean_tokens(generated_tokens))
+        elapsed, self._advanced_seconds = now_seconds - self._advanced_seconds, now_seconds
+        spread_seconds = _SETTLING_RATIO * self._settings.cruise_period_seconds
+        if self._pieces is not None and now_seconds > self._started_seconds + spread_seconds:
+            self._pieces = None  # of a load that was: begun anew
+        if self._pieces is None:
+            load = self._load.load()
+            if load is None or now_seconds < self._due_seconds:
+                return None
+            self._at_once = (
+                self._settled.equilibrium is None or elapsed * _PIECES_COUNT > spread_seconds
+            )
+            self._started_seconds = now_seconds
+            self._pieces = self._settle_by_pieces(load, lengths, generated_tokens)
+        wanted = next(self._pieces, None)
+        while self._at_once and wanted is None:
+            wanted = next(self._pieces)
+        return wanted
+
+    def settle(self, prediction: Prediction) -> None:
+        """Take in what was predicted.
+
+        Args:
+            prediction: Of the last `due_shapes`, corrected by what was observed.
+
+        Raises:
+            RuntimeError: No shapes were due.
+        """
+        if self._pieces is None:
+            raise RuntimeError("nothing is due; settle() takes the prediction of due_shapes()")
+        self._pieces.send(prediction)
+        if self._at_once:
+            for _ in self._pieces:
+                pass
+
+    def _settle_by_pieces(
+        self, load: OfferedLoad, lengths: LengthCurve, generated_tokens: NDArray[np.float64]
+    ) -> _Pieces:
+        """Compute everything anew; each piece takes half as long as a decision, or less."""
+        load = load.with_answers_of(lengths.mean_tokens(generated_tokens))
+        limits, resting = self._limits, self._resting_power_watts
+        yield None
+        shapes = self._shapes(load)
+        predictions = []
+        at_once = len(shapes) if self._at_once else _SHAPES_AT_ONCE
+        for first in range(0, len(shapes), at_once):
+            yield None
+            wanted = shapes[first : first + at_once]
+            while (prediction := (yield wanted)) is None:
+                pass  # a decision failed before it had one
+            predictions.append(prediction)
+        yield None
+        prediction, cost = self._split(_joined(predictions), load)
+        yield None
+        fastest = prediction.latency_seconds[:, self._ceiling]
+        headroom = growth_limit_ratio(load, limits, fastest) - 1.0
+        yield None
+        equilibrium = settle(load, limits, prediction, resting, balanced=self._balance)
+        yield None
+        refund = refund_watts(
+            load, limits, prediction, equilibrium, resting, balanced=self._balance
+        )
+        yield None
+        after_prompts = self._prompt_work.after_prompts(cost)
+        yield None
+        after_decodes = self._prompt_work.after_decodes(cost)
+        yield None
+        deviations = self._settings.burst_deviations
+        interruptions = expect_interruptions(load, limits, prediction, deviations)
+        self._settled = _Settled(
+            load, equilibrium, interruptions, after_prompts, after_decodes, refund, headroom
+        )
+        self._due_seconds = self._started_seconds + self._settings.cruise_period_seconds
+        self._pieces = None
+
+    def _shapes(self, load: OfferedLoad) -> NDArray[np.float64]:
+        """Those of `equilibrium_shapes`, then those of `prompt_size_shapes`."""
         sizes = prompt_size_shapes(
             load.prefill_kv_tokens_per_iteration,
             self._usual_batch(),
             load.context_tokens,
             float(self._profile.batched_tokens_limit),
         )
-        return np.vstack([equilibrium_shapes(self._settled_load, self._limits), sizes])
-
-    def settle(self, prediction: Prediction, now_seconds: float) -> None:
-        """Compute everything anew.
-
-        Args:
-            prediction: Of the last `due_shapes`, corrected by what was observed.
-            now_seconds: Engine time.
-
-        Raises:
-            RuntimeError: No shapes were due.
-        """
-        load = self._settled_load
-        if load is None:
-            raise RuntimeError("no load is known; settle() takes the prediction of due_shapes()")
-        resting = self._resting_power_watts
-        prediction, cost = self._split(prediction, load)
-        equilibrium = settle(load, self._limits, prediction, resting, balanced=self._balance)
-        self._refund_watts = refund_watts(
-            load, self._limits, prediction, equilibrium, resting, balanced=self._balance
-        )
-        self._works = self._prompt_work.estimate(cost)
-        self._equilibrium = equilibrium
-        self._interruptions = expect_interruptions(
-            load, self._limits, prediction, self._settings.burst_deviations
-        )
-        fastest = prediction.latency_seconds[:, self._ceiling]
-        self._load_headroom_ratio = growth_limit_ratio(load, self._limits, fastest) - 1.0
-        self._due_seconds = now_seconds + self._settings.cruise_period_seconds
+        return np.vstack([equilibrium_shapes(load, self._limits), sizes])
 
     def _usual_batch(self) -> float:
         """The batch that the present load settles at, at the cheapest clock that carries it."""
-        equilibrium = self._equilibrium
+        equilibrium = self._settled.equilibrium
         if equilibrium is None:
             return _UNKNOWN_BATCH
         cheapest = int(np.argmin(equilibrium.power_watts))
@@ -208,9 +288,10 @@ class Outlook:
     def successors(self, lengths: LengthCurve, clock_index: int) -> Successors | None:
         """Who will take the place of those that end, at a clock; None while that is not known."""
         load = self._load.load()
-        if load is None or self._equilibrium is None:
+        equilibrium = self._settled.equilibrium
+        if load is None or equilibrium is None:
             return None
-        batch = float(self._equilibrium.batch_requests[clock_index])
+        batch = float(equilibrium.batch_requests[clock_index])
         return Successors(lengths, batch, load.context_tokens)
 
     def newcomers(self, lengths: LengthCurve) -> Newcomers | None:
@@ -226,25 +307,35 @@ class Outlook:
 
     def work(self, horizon: Horizon) -> PromptWork | None:
         """How many prompt tokens come after what is planned; None while hardly any do."""
-        if self._works is None:
-            return None
-        after_prompts, after_decodes = self._works
-        return after_prompts if horizon.prefill_segments_count else after_decodes
+        settled = self._settled
+        if horizon.prefill_segments_count:
+            return settled.work_after_prompts
+        return settled.work_after_decodes
 
     def prompt_delay(self, horizon: Horizon) -> PromptDelay:
         """What prompts to come cost the answers between them."""
         batch = horizon.shapes[:, 3]
-        if self._interruptions is None:
+        interruptions = self._settled.interruptions
+        if interruptions is None:
             return PromptDelay(None, np.zeros((len(batch), len(self._resting_power_watts))))
-        return PromptDelay(self.work(horizon), self._interruptions.prompt_token_seconds(batch))
+        return PromptDelay(self.work(horizon), interruptions.prompt_token_seconds(batch))
 
     def stretch_ratio(self, horizon: Horizon) -> NDArray[np.float64] | None:
         """Prompts to come stretch decode segments; those that are here have their own segments."""
-        if self._interruptions is None:
+        interruptions = self._settled.interruptions
+        if interruptions is None:
             return None
-        stretch = self._interruptions.stretch_ratio(horizon.shapes[:, 3])
+        stretch = interruptions.stretch_ratio(horizon.shapes[:, 3])
         stretch[: horizon.prefill_segments_count] = 1.0
         return stretch
+
+
+def _joined(predictions: list[Prediction]) -> Prediction:
+    return Prediction(
+        np.vstack([each.latency_seconds for each in predictions]),
+        np.vstack([each.latency_upper_seconds for each in predictions]),
+        np.vstack([each.power_watts for each in predictions]),
+    )
 
 
 def _carrying_limits(profile: EngineProfile, settings: ControlSettings) -> CarryingLimits:

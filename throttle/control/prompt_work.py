@@ -9,7 +9,6 @@ Arrivals do not wait for the engine, so the figures hold at every clock.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -153,6 +152,32 @@ class PromptWork:
         return any_ratio * shrunk, mean * grown, variance * grown
 
 
+class _Recent:
+    """The last rows of numbers, oldest first, each column in one piece.
+
+    Args:
+        columns_count: Numbers in a row.
+    """
+
+    def __init__(self, columns_count: int) -> None:
+        self._kept = np.empty((columns_count, 2 * _MEMORY_ITERATIONS))
+        self._stop = 0
+
+    def __len__(self) -> int:
+        return min(self._stop, _MEMORY_ITERATIONS)
+
+    def append(self, *row: float) -> None:
+        if self._stop == self._kept.shape[1]:
+            self._kept[:, :_MEMORY_ITERATIONS] = self._kept[:, _MEMORY_ITERATIONS:]
+            self._stop = _MEMORY_ITERATIONS
+        self._kept[:, self._stop] = row
+        self._stop += 1
+
+    def columns(self) -> NDArray[np.float64]:
+        """A view, (columns, n); the next `append` may move what it shows."""
+        return self._kept[:, self._stop - len(self) : self._stop]
+
+
 class PromptWorkEstimator:
     """Remembers the prompt iterations of about the last minute.
 
@@ -162,8 +187,8 @@ class PromptWorkEstimator:
 
     def __init__(self, measured: Measure | None = None) -> None:
         self._measure = measured or measure
-        self._rows: deque[tuple[float, float, float, float]] = deque(maxlen=_MEMORY_ITERATIONS)
-        self._decode_ends: deque[float] = deque(maxlen=_MEMORY_ITERATIONS)
+        self._prompts = _Recent(4)  # start, end, tokens, requests
+        self._decode_ends = _Recent(1)
         self._decodes_count = 0
         self._last_seconds = 0.0
 
@@ -174,46 +199,37 @@ class PromptWorkEstimator:
             end = state.engine_time_seconds
             duration = state.iteration_duration_seconds
             start = self._last_seconds if duration is None else end - duration
-            tokens, prompts = work.sum_prefill_tokens, work.num_prefill_requests
-            self._rows.append((start, end, tokens, prompts))
+            self._prompts.append(start, end, work.sum_prefill_tokens, work.num_prefill_requests)
         elif state.phase is Phase.COMPLETED and work.num_decode_requests:
             self._decodes_count += 1
             if self._decodes_count % _DECODES_STRIDE == 0:
                 self._decode_ends.append(state.engine_time_seconds)
         self._last_seconds = state.engine_time_seconds
 
-    def equivalent_ratio(self, cost: PromptCost) -> float:
-        """Equivalents per token of the iterations that were seen; 1 while they are few."""
-        if len(self._rows) < LEAST_ITERATIONS:
-            return 1.0
-        tokens = np.array(self._rows)[:, 2]
-        return float(cost.equivalent(tokens).sum() / tokens.sum())
-
-    def estimate(self, cost: PromptCost) -> tuple[PromptWork, PromptWork] | None:
-        """What was seen after iterations with prompts, and after ones without.
+    def after_prompts(self, cost: PromptCost) -> PromptWork | None:
+        """What was seen after iterations with prompts; None while too little was.
 
         The next iteration often computes what arrived during a long one; after a short one there
-        is less of that. None while too little was seen.
+        is less of that.
         """
-        if len(self._rows) < LEAST_ITERATIONS:
+        if len(self._prompts) < LEAST_ITERATIONS:
             return None
-        start, end, tokens, prompts = np.array(self._rows).T
-        before = np.concatenate([[0.0], np.cumsum(cost.equivalent(tokens))])
-        after_prompts = self._work(start, before, end, prompts)
-        if after_prompts is None:
+        _, ends, _, prompts = self._prompts.columns()
+        return self._work(cost, ends, prompts)
+
+    def after_decodes(self, cost: PromptCost) -> PromptWork | None:
+        """What was seen after iterations without prompts; `after_prompts` while too little was."""
+        if len(self._prompts) < LEAST_ITERATIONS:
             return None
-        ends = np.array(self._decode_ends)
-        ends = ends[ends >= start[0]]
-        after_decodes = self._work(start, before, ends, np.ones(len(ends)))
-        return after_prompts, after_decodes or after_prompts
+        ends = self._decode_ends.columns()[0]
+        ends = ends[np.searchsorted(ends, self._prompts.columns()[0, 0]) :]
+        return self._work(cost, ends, np.ones(len(ends))) or self.after_prompts(cost)
 
     def _work(
-        self,
-        starts: NDArray[np.float64],
-        before: NDArray[np.float64],
-        begins: NDArray[np.float64],
-        weights: NDArray[np.float64],
+        self, cost: PromptCost, begins: NDArray[np.float64], weights: NDArray[np.float64]
     ) -> PromptWork | None:
+        starts, _, tokens, _ = self._prompts.columns()
+        before = np.concatenate([[0.0], np.cumsum(cost.equivalent(tokens))])
         figures = self._measure(starts, before, begins, weights, self._last_seconds)
         if not len(figures):
             return None

@@ -1,4 +1,8 @@
-"""`throttle.control.cruise.balance` compiled: each clock's bisection by itself."""
+"""`throttle.control.cruise.balance` compiled: each clock's bisection by itself.
+
+Neighboring clocks settle close to each other, so their bisections begin with the same batches: what
+a batch alone decides is kept from one clock to the next.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +50,18 @@ def _balance(
     """The fields of `Balanced`, (6, C)."""
     rows, clocks_count = len(grid), seconds.shape[1]
     found = np.empty((6, clocks_count))
+    # of each step's batch, by the clock before
+    middles, batches = np.full(BISECTIONS, np.nan), np.empty(BISECTIONS)
+    places, shares = np.empty(BISECTIONS, np.int64), np.empty(BISECTIONS)
+    least, most = np.log(LEAST_BATCH), np.log(grid[rows - 1])
     for clock in range(clocks_count):
-        low, high = np.log(LEAST_BATCH), np.log(grid[rows - 1])
-        for _ in range(BISECTIONS):
+        low, high = least, most
+        for step in range(BISECTIONS):
             middle = 0.5 * (low + high)
-            batch = np.exp(middle)
-            place, share = _place(grid, batch)
+            if middle != middles[step]:
+                middles[step], batches[step] = middle, np.exp(middle)
+                places[step], shares[step] = _place(grid, batches[step])
+            batch, place, share = batches[step], places[step], shares[step]
             decode = _at(seconds, place, share, clock)
             mixed = _at(seconds, rows + place, share, clock)
             prefill = min(mixed * prompts_per_second, PREFILL_BUSY_LIMIT)

@@ -92,6 +92,10 @@ a decision comes each {1e3 * _pace(decision):g} ms, when caches have gone cold.
 
 *Processor* is the time of the thread on its processor, without the turns that others took in between.
 
+The fixed computation (`throttle/bench/reference.py`) never changes and decides nothing: what it takes on another day or another machine says
+how these figures would read there. Paced, it takes {_slowdown(decision, "fixed computation")} times as long as back to back, at the median: what the
+machine itself adds to a call that follows a sleep. A decision of 64 requests takes {_slowdown(decision, "decision")} times as long.
+
 Median of each step, back to back, with a stopwatch around it (which adds a little); *decide* holds projection and forecast, *forecast* the
 steps below it, *observe* the scoreboard:
 
@@ -226,6 +230,18 @@ def _p50(results: list[dict[str, Any]], requests_count: int) -> str:
         and each["pacing_seconds"]
     ]
     return f"{1e6 * found[0]:.0f} (paced)" if found else "not measured"
+
+
+def _slowdown(results: list[dict[str, Any]], case: str) -> str:
+    """Paced over back to back, by medians; of 64 requests, where a case has several."""
+    seconds = {
+        bool(each["pacing_seconds"]): each["p50_seconds"]
+        for each in results
+        if each["case"] == case and each["requests_count"] in {0, 64}
+    }
+    return (
+        f"{seconds[True] / seconds[False]:.1f}" if len(seconds) == 2 else "an unmeasured number of"
+    )
 
 
 def _segment_row(judged: dict[str, Any]) -> str:

@@ -42,7 +42,9 @@ def _checked(results):
 
 def test_decisions_are_timed_back_to_back_and_paced_with_the_share_of_each_step(tmp_path):
     arguments = ("--requests", "4", "--samples", "20", "--pacing-seconds", "0.002")
-    results = _checked(_bench(tmp_path, "decision", *arguments))
+    fixed, results = np.split(_checked(_bench(tmp_path, "decision", *arguments)), [2])
+    assert [each["case"] for each in fixed] == ["fixed computation"] * 2
+    assert [each["pacing_seconds"] for each in fixed] == [0.0, 0.002]
     assert [each["pacing_seconds"] for each in results] == [0.0, 0.0, 0.002, 0.002]
     assert {each["samples_count"] for each in results} == {20}
     assert {each["clocks_count"] for each in results} == {110}

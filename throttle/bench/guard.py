@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from throttle.bench.decision import DecidingEngine
+from throttle.bench.reference import Reference
 from throttle.bench.states import record
 from throttle.bench.timing import settled_collector
 
@@ -34,7 +35,7 @@ def decision_ratio(predictor: BundlePredictor, samples_count: int) -> float:
     engine = DecidingEngine(record(REQUESTS_COUNT, samples_count, predictor), predictor)
     engine.settle()
     decisions, references = [], []
-    reference = _Reference()
+    reference = Reference()
     with settled_collector():
         for call in engine.calls():
             references.append(_seconds(reference.compute))
@@ -46,23 +47,3 @@ def _seconds(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
-
-
-class _Reference:
-    """What decisions are measured in; never change it, or the limit means something else."""
-
-    def __init__(self) -> None:
-        generator = np.random.default_rng(1)
-        self._rows = generator.random((64, 16))
-        self._grid = np.sort(generator.random(110))
-        self._slots = {number: number for number in range(64)}
-
-    def compute(self) -> float:
-        total = 0.0
-        for _ in range(10):
-            places = np.searchsorted(self._grid, self._rows[:, 0])
-            taken = self._grid[np.minimum(places, 109)]
-            total += float(np.exp(np.cumsum(taken) / 64.0).sum())
-            total += sum(self._slots[number] for number in range(64))
-            self._rows = np.roll(self._rows, 1)
-        return total

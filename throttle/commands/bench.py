@@ -138,7 +138,9 @@ def _results(arguments: argparse.Namespace) -> Iterator[Result]:
     predictor = shipped_predictor(arguments.bundles)
     if arguments.subject == "decision":
         from throttle.bench.decision import bench_decision  # noqa: PLC0415 - likewise
+        from throttle.bench.reference import bench_reference  # noqa: PLC0415 - likewise
 
+        yield from bench_reference(arguments.samples, arguments.pacing_seconds)
         for count in arguments.requests:
             yield from bench_decision(predictor, count, arguments.samples, arguments.pacing_seconds)
         return
@@ -168,7 +170,8 @@ def _line(result: Result) -> str:
     )
     engines = result.more.get("engines_count")
     at_once = f"{engines} engines, " if engines else ""
-    text = f"{result.case}, {at_once}{result.requests_count} requests, {paced}: {figures} us"
+    requests = f"{result.requests_count} requests, " if result.requests_count else ""
+    text = f"{result.case}, {at_once}{requests}{paced}: {figures} us"
     if "processor_p99_seconds" in result.more:
         processor = (1e6 * result.more[f"processor_{name}_seconds"] for name in ("p50", "p99"))
         text += "; of the processor p50 {:.0f} p99 {:.0f}".format(*processor)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from predictors.architecture import ModelArchitecture
 
 #: Feature name -> unit, in the order of the models' columns. The first is the only one that depends
-#: on the clock; `predictors.sweep` relies on that.
+#: on the clock; `predictors.compiled_sweep` relies on that.
 FEATURES: dict[str, str] = {
     "clock_ratio": "clock / maximum clock",
     "prefill_requests_count": "requests",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from throttle.control.controller import ClockRow, Evaluation
+from throttle.control.evaluation import ClockRow, Evaluation
 from throttle.control.selection import Binding, Decision, Reason
 from throttle.control.slack import Slo
 from throttle.daemon.answers import decision_message, evaluation_message

@@ -18,6 +18,8 @@ from predictors.predictor import XGBoostPredictor, load_predictor
 from predictors.training import save
 
 sweep = pytest.importorskip("predictors.sweep", reason="numba is an optional extra")
+compiled_features = pytest.importorskip("predictors.compiled_features")
+compiled_sweep = pytest.importorskip("predictors.compiled_sweep")
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 ANY_SHAPES = st.lists(
@@ -91,7 +93,8 @@ def test_sweep_of_a_shipped_bundle_agrees_on_a_hundred_thousand_random_rows(inve
 def test_features_are_built_alike_by_compiled_code_and_by_the_definition(predictors, invented):
     fast = predictors[0]
     shapes = invented.random_shapes(np.random.default_rng(14), 300)
-    features, parts, work = fast._features.build(shapes)
+    weights = fast._base.weights, fast._power_base.weights
+    features, parts, work = compiled_features.CompiledFeatures(fast._space, *weights).build(shapes)
     expected, terms = fast.space.build(shapes)
     np.testing.assert_allclose(features, expected, rtol=1e-6)
     np.testing.assert_allclose(parts, fast._base.parts(terms), rtol=1e-12)
@@ -132,13 +135,15 @@ def test_idle_power_rises_with_clock_as_it_was_recorded(predictors):
 
 def test_no_form_of_the_matrix_is_compiled_for_while_serving(predictors):
     predictors[0].warm_up()
-    compiled = len(sweep._finish_latency.signatures), len(sweep._sweep.signatures)
+    walks = compiled_sweep.predict_shapes, compiled_sweep.shapes_covered
+    compiled = [len(each.signatures) for each in walks]
     shapes = np.tile([1.0, 128.0, 0.0, 8.0, 4096.0, 8.0, 8192.0], (6, 1))
     frozen = shapes.copy()
     frozen.flags.writeable = False
     for form in (shapes, shapes[::2], np.asfortranarray(shapes), frozen, shapes.astype(int)):
         predictors[0].predict(form)
-    assert (len(sweep._finish_latency.signatures), len(sweep._sweep.signatures)) == compiled
+        predictors[0].covers(form)
+    assert [len(each.signatures) for each in walks] == compiled
 
 
 def test_a_matrix_of_another_form_is_refused(predictors):
@@ -154,7 +159,7 @@ def test_loading_takes_the_sweep_and_says_so(bundle, tmp_path):
 
 
 def test_loading_without_numba_falls_back_and_says_so(bundle, tmp_path, monkeypatch):
-    for name in ("sweep", "compiled_features", "elementary", "compiling"):
+    for name in ("sweep", "compiled_sweep", "compiled_features", "elementary", "compiling"):
         monkeypatch.delitem(sys.modules, f"predictors.{name}")
     monkeypatch.setitem(sys.modules, "numba", None)
     predictor = load_predictor(save(bundle, tmp_path))

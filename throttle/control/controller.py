@@ -10,6 +10,7 @@ import numpy as np
 
 from throttle.control.advice import Advice, ParallelSize, ScalingAdvisor
 from throttle.control.compilation import compiled_steps
+from throttle.control.evaluation import Evaluation, judge_clocks
 from throttle.control.forecast import Forecast, Forecaster
 from throttle.control.late_price import LatePrice
 from throttle.control.scoreboard import LiveRequests, Scoreboard
@@ -25,33 +26,6 @@ if TYPE_CHECKING:
     from predictors.prediction import Predictor
     from throttle.control.cruise import Equilibrium
     from throttle.control.settings import ControlSettings
-
-
-@dataclass(frozen=True, slots=True)
-class ClockRow:
-    """One clock of the what-if table; power is that of all GPUs of the engine.
-
-    `late_ratio` is the share of answers whose mean gap would miss its limit because the clock is
-    not the fastest; None while that is not known. The slack of TPOT is that of one answer and tells
-    a reader only: feasible is what keeps the other slacks and the budget of late answers.
-    """
-
-    clock_mhz: int
-    iteration_seconds: float
-    iteration_upper_seconds: float
-    power_watts: float
-    long_run_power_watts: float | None
-    late_ratio: float | None
-    feasible: bool
-    slacks: tuple[Binding, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """A decision and the table it was taken from."""
-
-    decision: Decision
-    rows: tuple[ClockRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +147,12 @@ class Controller:
             return Evaluation(self.decide(state), ())
         forecast = self._forecaster.forecast(state, horizon, live)
         decision = self._decide_busy(state, forecast, now)
-        kept = self._keeps_every_limit(forecast)
-        rows = tuple(
-            self._row(forecast, index, feasible=bool(kept[index]))
-            for index in range(len(self._clocks_mhz))
+        rows = judge_clocks(
+            forecast,
+            self._clocks_mhz,
+            self._keeps_every_limit(forecast),
+            self._forecaster.outlook.equilibrium,
+            len(self._profile.gpu_uuids),
         )
         return Evaluation(decision, rows)
 
@@ -376,34 +352,3 @@ class Controller:
             return 0.0, 0.0  # the load is more than one of them carries
         gpus = len(self._profile.gpu_uuids)
         return average * gpus, default * gpus
-
-    def _row(self, forecast: Forecast, index: int, *, feasible: bool) -> ClockRow:
-        slack = forecast.slack
-        slacks = []
-        for slo in Slo:
-            rows = np.flatnonzero(slack.slos == slo)
-            if len(rows):
-                row = rows[np.argmin(slack.slack_seconds[rows, index])]
-                number = int(slack.request_numbers[row])
-                slacks.append(Binding(slo, number, float(slack.slack_seconds[row, index])))
-        late_ratio = None
-        if forecast.lateness is not None:
-            lateness = forecast.lateness
-            late_ratio = float(lateness.excess_ratio[index])
-            left = float(lateness.request_slack_seconds[index])
-            if lateness.request_number:
-                slacks.append(Binding(Slo.TPOT, lateness.request_number, left))
-        long_run = None
-        equilibrium = self._forecaster.outlook.equilibrium
-        if equilibrium is not None and np.isfinite(equilibrium.power_watts[index]):
-            long_run = float(equilibrium.power_watts[index]) * len(self._profile.gpu_uuids)
-        return ClockRow(
-            clock_mhz=int(self._clocks_mhz[index]),
-            iteration_seconds=float(forecast.latency_seconds[index]),
-            iteration_upper_seconds=float(forecast.latency_upper_seconds[index]),
-            power_watts=float(forecast.power_watts[index]),
-            long_run_power_watts=long_run,
-            late_ratio=late_ratio,
-            feasible=feasible,
-            slacks=tuple(slacks),
-        )

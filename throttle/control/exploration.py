@@ -14,7 +14,7 @@ from throttle.errors import ThrottleError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from throttle.control.controller import Evaluation
+    from throttle.control.evaluation import Evaluation
     from throttle.control.state import IterationState
 
 #: Steps of the golden ratio fill an interval more evenly than random draws, at every length

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from throttle.actuation.actuator import Actuator
     from throttle.actuation.backend import GpuReading
     from throttle.control.advice import Advice
-    from throttle.control.controller import Evaluation
+    from throttle.control.evaluation import Evaluation
     from throttle.control.selection import Binding, Decision
     from throttle.daemon.attribution import EngineEnergy, GpuEnergy
 

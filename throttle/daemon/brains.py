@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from predictors.predictor import BundlePredictor
-    from throttle.control.controller import Evaluation
+    from throttle.control.evaluation import Evaluation
     from throttle.control.selection import Decision
     from throttle.control.settings import ControlSettings
     from throttle.control.state import EngineProfile, IterationState

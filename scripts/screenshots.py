@@ -1,8 +1,9 @@
 """Takes the pictures of docs/images from running programs.
 
 A daemon with simulated engines, its status page in a browser, the dashboard's queries asked of a
-real Prometheus and drawn here (Grafana is not needed), and the demo's report. Needs chromium and
-prometheus. Use: screenshots.py [--seconds 120] [--out docs/images]
+real Prometheus and drawn here (Grafana is not needed), and the demo's report with its two charts
+for the README. Needs chromium and prometheus, and `make demo` before it.
+Use: screenshots.py [--seconds 120] [--out docs/images] [--only-report]
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import contextlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -104,14 +106,19 @@ def draw_dashboard(picture: Path, start_seconds: float, end_seconds: float) -> i
     return empty
 
 
-def main() -> int:
-    """Take the pictures; 0 when every query of the dashboard that must answer did."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--seconds", type=float, default=120.0, help="how long the engines play")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
-    parser.add_argument("--report", type=Path, default=ROOT / "out" / "demo" / "report.html")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+def browse_report(report: Path, out: Path) -> None:
+    """The top of a report, and its charts of energy and time by themselves."""
+    browse(report.as_uri(), out / "report.png", "1240,1160")
+    charts = re.findall(r"<svg.*?</svg>", report.read_text("utf-8"), re.DOTALL)[:2]
+    style = "<style>body {margin: 8px; font-family: sans-serif} svg {width: 100%}</style>"
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "charts.html"
+        page.write_text(f"<!doctype html><meta charset=utf-8>{style}{''.join(charts)}", "utf-8")
+        browse(page.as_uri(), out / "demo.png", "1010,1020")
+
+
+def play_and_browse(seconds: float, out: Path) -> int:
+    """Status page and dashboard of a daemon with engines; how many queries had no answer."""
     mpl.use("Agg")
     throttle = (sys.executable, "-m", "throttle.cli")
     with contextlib.ExitStack() as stack:
@@ -133,17 +140,30 @@ def main() -> int:
         )  # fmt: skip
         start(stack, folder, *simulate, "--target", f"unix:{socket}")
         started = time.time()
-        time.sleep(arguments.seconds)
+        time.sleep(seconds)
         url = f"http://{DAEMON}/"
-        browse(url, arguments.out / "status.png", "1240,860")
-        browse(url, arguments.out / "status-dark.png", "1240,860", "--force-dark-mode",
+        browse(url, out / "status.png", "1240,860")
+        browse(url, out / "status-dark.png", "1240,860", "--force-dark-mode",
                "--blink-settings=preferredColorScheme=0")  # fmt: skip
-        empty = draw_dashboard(arguments.out / "dashboard.png", started, time.time())
+        return draw_dashboard(out / "dashboard.png", started, time.time())
+
+
+def main() -> int:
+    """Take the pictures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--seconds", type=float, default=120.0, help="how long the engines play")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
+    parser.add_argument("--report", type=Path, default=ROOT / "out" / "demo" / "report.html")
+    parser.add_argument("--only-report", action="store_true", help="nothing of the daemon")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.report.exists():
-        browse(arguments.report.as_uri(), arguments.out / "report.png", "1240,1160")
+        browse_report(arguments.report, arguments.out)
     else:
-        print(f"{arguments.report} is not there; run make demo first for report.png")
-    print(f"{empty} queries had no answer")
+        print(f"{arguments.report} is not there; run make demo first for report.png and demo.png")
+    if not arguments.only_report:
+        empty = play_and_browse(arguments.seconds, arguments.out)
+        print(f"{empty} queries had no answer")
     return 0
 
 

@@ -17,11 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from throttle.bench.reference import REFERENCE_CASE
+
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "performance"
 PAGE = ROOT / "docs" / "performance.md"
 SUBJECTS = ("decision", "transport", "daemon")
 SEGMENTS = (8, 16, 24, 32, 64)
+_CLIENT_ALONE = "import throttle.client, beyond grpc itself"
 #: Played to time `throttle compare`: trace, seconds of it, how many times faster than recorded.
 _COMPARED = ("azure2023_conv_10min", 300.0, 2.0)
 
@@ -83,6 +86,13 @@ Written by `make performance` from `throttle bench decision | transport | daemon
 average at the end of each part: {loads}. A figure above the number of cores means that others computed at the same time: medians then say
 more than tails. Nothing here needs a GPU; the engines are simulated, and no two of their states are alike.
 
+## What was wanted
+
+{_table(("", "at most", "measured", "kept"), _goals(decision, daemon, played))}
+
+In fixed computations (below), which tell how fast the machine was at the time, a decision of 64 requests takes {_in_fixed(decision, paced=False)} back to back and
+{_in_fixed(decision, paced=True)} paced.
+
 ## One decision, in process
 
 State in, decision out: the shipped bundle of Qwen3-30B-A3B on one H200, latency and power at every clock, limits that bind. Paced means that
@@ -93,7 +103,7 @@ a decision comes each {1e3 * _pace(decision):g} ms, when caches have gone cold.
 *Processor* is the time of the thread on its processor, without the turns that others took in between.
 
 The fixed computation (`throttle/bench/reference.py`) never changes and decides nothing: what it takes on another day or another machine says
-how these figures would read there. Paced, it takes {_slowdown(decision, "fixed computation")} times as long as back to back, at the median: what the
+how these figures would read there. Paced, it takes {_slowdown(decision, REFERENCE_CASE)} times as long as back to back, at the median: what the
 machine itself adds to a call that follows a sleep. A decision of 64 requests takes {_slowdown(decision, "decision")} times as long.
 
 Median of each step, back to back, with a stopwatch around it (which adds a little); *decide* holds projection and forecast, *forecast* the
@@ -145,6 +155,65 @@ conversation trace at three times its pace under a mean gap of 22 ms, taken wher
 """
 
 
+#: Case, requests, paced, quantile, microseconds at most.
+_DECISION_GOALS = (
+    (64, False, "p50", 90.0),
+    (64, False, "p99", 160.0),
+    (64, True, "p50", 160.0),
+    (64, True, "p99", 260.0),
+    (512, True, "p99", 400.0),
+)
+_ROUND_TRIP_GOALS = ((1, "p50", 700.0), (1, "p99", 1100.0), (64, "p99", 8000.0))
+
+
+def _goals(
+    decision: list[dict[str, Any]], daemon: list[dict[str, Any]], played: dict[str, Any]
+) -> list[str]:
+    """Rows of wanted and measured; only those whose case was measured."""
+    rows = []
+    for requests, paced, name, most in _DECISION_GOALS:
+        for case in _cases(decision, "decision", paced=paced):
+            if case["requests_count"] == requests:
+                words = f"decision, {requests} requests, {_paced(case)}, {name}"
+                rows.append(_goal(words, most, 1e6 * case[f"{name}_seconds"], "us"))
+    for engines, name, most in _ROUND_TRIP_GOALS:
+        for case in _cases(daemon, "round trip", paced=True):
+            if case["engines_count"] == engines:
+                words = f"round trip to the daemon, engines: {engines}, {_paced(case)}, {name}"
+                rows.append(_goal(words, most, 1e6 * case[f"{name}_seconds"], "us"))
+    medians = _start_medians(daemon)
+    rows.append(_goal("start until SERVING", 2.0, medians["serve until SERVING"], "s"))
+    rows.append(_goal("importing the client, beyond grpc", 0.15, medians[_CLIENT_ALONE], "s"))
+    speed = played["times_real_time"][1]
+    rows.append(
+        f"| playing, times real time | 60 at least | {speed:.0f} | {'yes' if speed >= 60.0 else '**no**'} |"
+    )
+    return rows
+
+
+def _goal(what: str, most: float, measured: float, unit: str) -> str:
+    figures = f"{most:.0f} {unit} | {measured:.0f} {unit}"
+    if most < 10.0:
+        figures = f"{most:g} {unit} | {measured:.2f} {unit}"
+    return f"| {what} | {figures} | {'yes' if measured <= most else '**no**'} |"
+
+
+def _cases(results: list[dict[str, Any]], case: str, *, paced: bool) -> list[dict[str, Any]]:
+    return [
+        each for each in results if each["case"] == case and bool(each["pacing_seconds"]) == paced
+    ]
+
+
+def _in_fixed(results: list[dict[str, Any]], *, paced: bool) -> str:
+    fixed = _cases(results, REFERENCE_CASE, paced=paced)
+    decisions = [
+        each for each in _cases(results, "decision", paced=paced) if each["requests_count"] == 64
+    ]
+    if not fixed or not decisions:
+        return "an unmeasured number"
+    return f"{decisions[0]['p50_seconds'] / fixed[0]['p50_seconds']:.1f}"
+
+
 def _table(head: tuple[str, ...], rows: Any) -> str:  # noqa: ANN401 - an iterable of strings
     return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows])
 
@@ -187,13 +256,19 @@ def _round_trips(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [each for each in results if each["case"] == "round trip"]
 
 
-def _starts(results: list[dict[str, Any]]) -> str:
+def _start_medians(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of each start that was timed."""
     medians: dict[str, float] = {}
     for each in results:
         if each["case"] != "round trip":
             medians.setdefault(each["case"], each["p50_seconds"])
     beyond = medians["import throttle.client"] - medians["import grpc"]
-    medians["import throttle.client, beyond grpc itself"] = beyond
+    medians[_CLIENT_ALONE] = beyond
+    return medians
+
+
+def _starts(results: list[dict[str, Any]]) -> str:
+    medians = _start_medians(results)
     return "\n".join(f"| {name} | {seconds:.2f} |" for name, seconds in medians.items())
 
 

@@ -23,6 +23,21 @@ def test_everything_that_waits_is_taken_in_order(mailbox, arrival):
     assert mailbox.take(0.0) == []
 
 
+def test_what_came_meanwhile_is_taken_without_waiting(mailbox, arrival):
+    assert mailbox.waiting() == []
+    one = arrival()
+    mailbox.put(one)
+    mailbox.end()  # orderly: what came before it counts
+    assert mailbox.waiting() == [one]
+    assert mailbox.take(None) is None
+
+
+def test_nothing_that_came_before_an_error_is_taken(mailbox, arrival):
+    mailbox.put(arrival())
+    mailbox.end(ThrottleError("refused"))
+    assert mailbox.waiting() == []
+
+
 def test_a_waiting_taker_is_woken(mailbox, arrival):
     taken = []
     taker = threading.Thread(target=lambda: taken.append(mailbox.take(10.0)))

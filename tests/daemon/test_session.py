@@ -56,6 +56,15 @@ def test_every_state_is_observed_in_order_and_the_newest_is_decided_on(
     assert decision.sequence_number == 3
 
 
+def test_states_that_came_while_an_engine_waited_for_its_turn_overtake(
+    open_session, arrival, brain
+):
+    decision = open_session().handle([arrival()], lambda: [arrival(), arrival()])
+    assert [number for number, _ in brain.observed] == [1, 2, 3]
+    assert brain.decided == [3]
+    assert decision.sequence_number == 3
+
+
 def test_the_clock_read_from_the_gpu_reaches_the_brain(open_session, arrival, brain, gpus):
     gpus.gpu("GPU-a").publish(1200.0, 300.0, 1.0, 1.0)
     open_session().handle([arrival()])

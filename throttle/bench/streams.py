@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import queue
 import time
@@ -170,7 +171,8 @@ class _Engine:
             if load.pacing_seconds:
                 reading = asyncio.create_task(self._read(call, numbered[-1][0]))
                 await self._send_paced(call, numbered)
-                await asyncio.wait_for(reading, _STUCK_SECONDS)
+                with contextlib.suppress(TimeoutError):  # then its newest state is not answered
+                    await asyncio.wait_for(reading, _STUCK_SECONDS)
             else:
                 for number, state in numbered:
                     self._sent[number] = time.perf_counter()

@@ -94,7 +94,15 @@ class Mailbox:
             self._condition.wait_for(lambda: self._ended or self._arrivals, timeout_seconds)
             if self._ended and (self._error is not None or not self._arrivals):
                 return None
-            arrivals, self._arrivals = self._arrivals, []
-            self._bytes = 0
-            self._oldest_seconds = None
-            return arrivals
+            return self._take()
+
+    def waiting(self) -> list[Arrival]:
+        """What has come by now, oldest first; none where the stream has ended by an error."""
+        with self._condition:
+            return [] if self._error is not None else self._take()
+
+    def _take(self) -> list[Arrival]:
+        arrivals, self._arrivals = self._arrivals, []
+        self._bytes = 0
+        self._oldest_seconds = None
+        return arrivals

@@ -212,7 +212,7 @@ class ThrottleServicer(throttle_service_pb2_grpc.ThrottleServiceServicer):
             if arrivals is None:
                 return
             if arrivals:
-                decision = session.handle(arrivals)
+                decision = session.handle(arrivals, mailbox.waiting)
             elif deadline is not None and self._clock() >= deadline:
                 decision = session.expire()
             else:

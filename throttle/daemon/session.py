@@ -15,6 +15,7 @@ from throttle.control.state import Mode
 from throttle.daemon.answers import decision_message, energy_message
 from throttle.daemon.telemetry import GpuWindow
 from throttle.daemon.tracing import no_tracing
+from throttle.daemon.turns import Turns
 from throttle.errors import ActuationError, ConflictError
 from throttle.v1 import engine_pb2, throttle_service_pb2
 
@@ -58,6 +59,7 @@ class Session:
         clock: Callable[[], float],
         log: FilteringBoundLogger,
         trace: DecisionTracer = no_tracing,
+        turns: Turns | None = None,
     ) -> None:
         """Take the GPUs if the engine asked to act.
 
@@ -73,6 +75,7 @@ class Session:
             clock: Monotonic seconds of the daemon; leases run on it.
             log: Bound to the engine.
             trace: Told of each decision.
+            turns: Shared with the engines that decide beside it; its own if None.
 
         Raises:
             ConflictError: A GPU is held by another engine.
@@ -91,6 +94,7 @@ class Session:
         self._clock = clock
         self._log = log
         self._trace = trace
+        self._turns = turns or Turns()
         self._lease: Lease | None = None
         if profile.mode is Mode.ACT:
             self._lease = actuator.acquire(profile.engine_id, profile.gpu_uuids)
@@ -120,22 +124,29 @@ class Session:
             return None
         return self._last_state_seconds + self.profile.lease_seconds
 
-    def handle(self, arrivals: Sequence[Arrival]) -> decision_pb2.Decision:
+    def handle(
+        self,
+        arrivals: Sequence[Arrival],
+        newer: Callable[[], Sequence[Arrival]] = tuple,
+    ) -> decision_pb2.Decision:
         """Take in states in order and decide on the newest.
 
         Args:
             arrivals: At least one.
+            newer: Gives those that came while this engine waited for its turn.
         """
         started = self._clock()
         self._busy_since_seconds = started
         self._error = None
+        window = self._read_gpus()
+        with self._turns.turn():
+            arrivals = [*arrivals, *newer()]
+            decision = self._observe_and_decide(arrivals, window)
         newest = arrivals[-1].state
         self._states_count += len(arrivals)
         self._metrics.iterations_received.inc(len(arrivals))
         if len(arrivals) > 1:
             self._metrics.iterations_dropped.labels("overtaken").inc(len(arrivals) - 1)
-        window = self._read_gpus()
-        decision = self._observe_and_decide(arrivals, window)
         duration = self._clock() - started
         decision, applied = self._apply(decision)
         self._meter.note([arrival.state for arrival in arrivals])

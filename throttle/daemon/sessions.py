@@ -14,6 +14,7 @@ from throttle.daemon.mailbox import Mailbox
 from throttle.daemon.recording import Recording, recording_path, records_metadata
 from throttle.daemon.session import Session
 from throttle.daemon.tracing import no_tracing
+from throttle.daemon.turns import Turns
 from throttle.errors import ConflictError, NotFoundError, ThrottleError
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class Sessions:
         self._new_registration_id = new_registration_id
         self._log = log
         self._trace = trace
+        self._turns = Turns()
         self._lock = threading.Lock()
         self._open: dict[str, OpenSession | None] = {}  # None while a session is being made
         self._draining = False
@@ -255,6 +257,7 @@ class Sessions:
                 clock=self._clock,
                 log=log,
                 trace=self._trace,
+                turns=self._turns,
             )
         except BaseException:
             meter.close()

@@ -30,34 +30,23 @@ _ROWS_AT_ONCE = 32
 #: Branches that may wait: one at each level of a tree.
 _WAITING_LIMIT = MAXIMUM_DEPTH + 1
 
+#: Where the clock ratios stand in a model.
+_CLOCK_RATIOS = 6
+
 
 @compiled
-def predict_shapes(shapes: NDArray[np.float64], model: tuple[Any, ...]) -> NDArray[np.float64]:
+def predict_shapes(
+    shapes: NDArray[np.float64], space: tuple[Any, ...], model: tuple[Any, ...]
+) -> NDArray[np.float64]:
     """Latency, its bound and power of (K, 7) shapes, (3, K, C); (0, K, C) if one is not allowed.
 
     Args:
         shapes: What is computed, columns as in `SHAPE_COLUMNS`.
-        model: Of a `SweepPredictor`.
+        space: `CompiledFeatures.arguments`.
+        model: As `predict_rows` takes it.
     """
-    (
-        constants,
-        table,
-        weights,
-        features_count,
-        parts_count,
-        latency_roots,
-        latency_nodes,
-        latency_base_score,
-        power_roots,
-        power_nodes,
-        power_base_score,
-        clock_ratios,
-        bound_factors,
-        static_watts,
-        work_rates,
-        power_limit_watts,
-    ) = model
-    rows_count, clocks_count = len(shapes), len(clock_ratios)
+    constants, table, weights, features_count, parts_count = space
+    rows_count, clocks_count = len(shapes), len(model[_CLOCK_RATIOS])
     if shapes.shape[1] != _SHAPE_WIDTH:
         return np.empty((0, rows_count, clocks_count))
     features = np.empty((features_count, rows_count), np.float32)
@@ -70,24 +59,7 @@ def predict_shapes(shapes: NDArray[np.float64], model: tuple[Any, ...]) -> NDArr
         if tokens > 0.0:
             phases[row] = 2 if requests > 1.5 and old > OLD_KV_RATIO * tokens else 1
     found = np.empty((3, rows_count, clocks_count))
-    predict_rows(
-        features,
-        weighed[:parts_count],
-        weighed[parts_count:],
-        phases,
-        found,
-        latency_roots,
-        latency_nodes,
-        latency_base_score,
-        power_roots,
-        power_nodes,
-        power_base_score,
-        clock_ratios,
-        bound_factors,
-        static_watts,
-        work_rates,
-        power_limit_watts,
-    )
+    predict_rows(features, weighed[:parts_count], weighed[parts_count:], phases, found, model)
     return found
 
 
@@ -118,19 +90,33 @@ def predict_rows(
     work: NDArray[np.float64],
     phases: NDArray[np.intp],
     found: NDArray[np.float64],
-    latency_roots: NDArray[np.int32],
-    latency_nodes: NDArray[Any],
-    latency_base_score: float,
-    power_roots: NDArray[np.int32],
-    power_nodes: NDArray[Any],
-    power_base_score: float,
-    clock_ratios: NDArray[np.float64],
-    bound_factors: NDArray[np.float64],
-    static_watts: NDArray[np.float64],
-    work_rates: NDArray[np.float64],
-    power_limit_watts: float,
+    model: tuple[Any, ...],
 ) -> None:
-    """Fill latency, bound and power, (3, K, C); rows that the walk can mark at once in turn."""
+    """Fill latency, bound and power; rows that the walk can mark at once in turn.
+
+    Args:
+        features: Of each row, (F, K).
+        parts: Of the analytic latency, (6, K).
+        work: Of the analytic power, (kinds, K).
+        phases: `phases_of` each row, (K,).
+        found: Filled: seconds, their upper bound in seconds, watts, (3, K, C).
+        model: Roots, nodes and base score of the latency forest and of the power forest; clock
+            ratios (C,); bound factors (phases, C); static watts (C,); work rates (kinds, C); power
+            limit in watts.
+    """
+    (
+        latency_roots,
+        latency_nodes,
+        latency_base_score,
+        power_roots,
+        power_nodes,
+        power_base_score,
+        clock_ratios,
+        bound_factors,
+        static_watts,
+        work_rates,
+        power_limit_watts,
+    ) = model
     latency, upper, power = found[0], found[1], found[2]
     rows_count, clocks_count = latency.shape
     room = (clocks_count + 1) * min(rows_count, _ROWS_AT_ONCE)

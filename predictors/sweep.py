@@ -41,7 +41,20 @@ class SweepPredictor(BundlePredictor):
             )
             for what, model in (("latency", bundle.latency_model), ("power", bundle.power_model))
         )
-        self._model: tuple[Any, ...] | None = None  # None where features are not built compiled
+        self._model = (
+            self._latency.roots,
+            self._latency.nodes,
+            self._latency.base_score,
+            self._power.roots,
+            self._power.nodes,
+            self._power.base_score,
+            self._clock_ratios,
+            self._bound_factors,
+            self._static_watts,
+            self._work_rates,
+            float(self.manifest.power_limit_watts),
+        )
+        self._compiled_space: tuple[Any, ...] | None = None  # where features are built compiled
         self._compile_features()
 
     def with_active_experts(self, ratio: float) -> Self:
@@ -55,23 +68,7 @@ class SweepPredictor(BundlePredictor):
         space = self._space
         if type(space) is FeatureSpace and space.whole:
             features = CompiledFeatures(space, self._base.weights, self._power_base.weights)
-            self._model = (*features.arguments, *self._forests())
-
-    def _forests(self) -> tuple[Any, ...]:
-        """What `predict_rows` takes after phases and results."""
-        return (
-            self._latency.roots,
-            self._latency.nodes,
-            self._latency.base_score,
-            self._power.roots,
-            self._power.nodes,
-            self._power.base_score,
-            self._clock_ratios,
-            self._bound_factors,
-            self._static_watts,
-            self._work_rates,
-            float(self.manifest.power_limit_watts),
-        )
+            self._compiled_space = features.arguments
 
     def covers(self, shapes: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Tell, per shape, whether its load lies inside the range seen in training, shape (K,)."""
@@ -79,8 +76,8 @@ class SweepPredictor(BundlePredictor):
 
     def predict(self, shapes: NDArray[np.float64]) -> Prediction:
         """Predict a (K, 7) matrix of shapes at every clock; see `Predictor.predict`."""
-        if self._model is not None and shapes.ndim == 2:
-            found = predict_shapes(_own(shapes), self._model)
+        if self._compiled_space is not None and shapes.ndim == 2:
+            found = predict_shapes(_own(shapes), self._compiled_space, self._model)
             if len(found):
                 return Prediction(found[0], found[1], found[2])
         # which also says what is wrong with shapes that are not allowed
@@ -92,7 +89,7 @@ class SweepPredictor(BundlePredictor):
             self._power_base.work(terms),
             phases_of(shapes),
             found,
-            *self._forests(),
+            self._model,
         )
         return Prediction(found[0], found[1], found[2])
 

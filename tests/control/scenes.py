@@ -68,11 +68,10 @@ def make_row(number=1, *, prompt=100, computed=None, generated=0, arrival=0.0, *
 
 
 def make_live(running=(), waiting=()):
-    rows = [*running, *waiting]
-    places = np.arange(len(rows))
-    first = len(list(running))
-    stacked = np.array(rows) if rows else np.empty((0, len(Column)))
-    return LiveRequests(stacked, places[:first], places[first:])
+    def stack(rows):
+        return np.array(rows) if rows else np.empty((0, len(Column)))
+
+    return LiveRequests(stack(list(running)), stack(list(waiting)))
 
 
 class Engine:

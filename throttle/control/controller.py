@@ -175,7 +175,7 @@ class Controller:
         return self._keeps_every_limit(forecast) & self._allowed, power * self._weight(forecast)
 
     def _idle(self, state: IterationState, live: LiveRequests) -> bool:
-        if not live.nobody:
+        if len(live.running) or len(live.waiting):
             return False
         queued = state.queued
         waiting = queued.num_prefill_requests + queued.num_decode_requests

@@ -125,14 +125,13 @@ def project(
         profile: The engine's limits.
         successors: Who will take the place of those that end; None for nobody.
     """
-    running, waiting = live.running, live.waiting
-    prefilling = running[:, Column.COMPUTED] < running[:, Column.TARGET]
-    decodes = running[~prefilling]
+    prefilling = live.running[:, Column.COMPUTED] < live.running[:, Column.TARGET]
+    decodes = live.running[~prefilling]
     remaining = running_tokens[~prefilling]
     plan = _PromptPlan(live, prefilling, profile)
     plan.run()
-    admitted = waiting[: plan.admitted_count]
-    prompts = np.vstack([running[prefilling], admitted])
+    admitted = live.waiting[: plan.admitted_count]
+    prompts = np.vstack([live.running[prefilling], admitted])
     prompt_lengths = np.concatenate([running_tokens[prefilling], waiting_tokens[: len(admitted)]])
     generating = _Generating.of(plan, decodes, remaining, prompts, prompt_lengths)
     shapes, iterations, kv_blocks = _lay_over(plan, generating, profile.kv_block_tokens)
@@ -143,7 +142,7 @@ def project(
         iterations=iterations,
         kv_blocks=kv_blocks,
         prefill_segments_count=len(plan.chunks),
-        blocked_requests_count=len(waiting) - len(admitted),
+        blocked_requests_count=len(live.waiting) - len(admitted),
         first_tokens=Positions(plan.first_segments, plan.first_iterations),
         prompts=prompts,
         prompt_lengths=prompt_lengths,

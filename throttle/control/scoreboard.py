@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from throttle.control.compilation import CompiledSteps
 
 _INITIAL_ROWS = 64
-_NO_PLACES = np.empty(0, np.int64)
 
 
 class Column(enum.IntEnum):
@@ -56,32 +55,15 @@ class Column(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class LiveRequests:
-    """The live requests, in the order in which they are served, until the next state is applied.
+    """Rows of live requests, (n, len(Column)), in the order in which they are served.
 
     Attributes:
-        rows: Rows of requests, live and gone, (N, len(Column)).
-        running_places: Which of them hold KV blocks, (n,).
-        waiting_places: Which of them hold none, first come first, (m,).
+        running: Requests that hold KV blocks.
+        waiting: Requests that hold none, first come first.
     """
 
-    rows: NDArray[np.float64]
-    running_places: NDArray[np.int64]
-    waiting_places: NDArray[np.int64]
-
-    @property
-    def running(self) -> NDArray[np.float64]:
-        """Rows of the requests that hold KV blocks, copied, (n, len(Column))."""
-        return self.rows[self.running_places]
-
-    @property
-    def waiting(self) -> NDArray[np.float64]:
-        """Rows of those that hold none, copied, (m, len(Column))."""
-        return self.rows[self.waiting_places]
-
-    @property
-    def nobody(self) -> bool:
-        """Whether there are none."""
-        return not (len(self.running_places) or len(self.waiting_places))
+    running: NDArray[np.float64]
+    waiting: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +149,11 @@ class Scoreboard:
         return tuple(self._class_index)
 
     def live(self) -> LiveRequests:
-        """Where the running and the waiting requests stand."""
-        waiting = _NO_PLACES
-        if self._waiting:
-            waiting = np.array([self._slot_by_number[each] for each in self._waiting], np.int64)
+        """Rows of the running and the waiting requests, copied."""
+        waiting = [self._slot_by_number[number] for number in self._waiting]
         if len(self._running_index) != len(self._running):
             self._running_index = np.array(self._running, dtype=np.int64)
-        return LiveRequests(self._rows, self._running_index, waiting)
+        return LiveRequests(self._rows[self._running_index], self._rows[waiting])
 
     def apply(self, state: IterationState, fastest_seconds: float = 0.0) -> list[EndedRequest]:
         """Take in one state; returns the requests that ended with it.

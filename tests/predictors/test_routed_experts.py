@@ -72,3 +72,17 @@ def test_one_token_takes_its_own_experts_only(tmp_path):
 def test_what_is_no_routing_is_refused_in_one_line(tmp_path, arrays, experts, capsys):
     assert run(tmp_path, arrays, experts) == (1, None)
     assert "allowed" in capsys.readouterr().err
+
+
+def test_numpy_files_need_the_number_of_experts(tmp_path, capsys):
+    np.save(tmp_path / "0.npy", np.zeros((3, 2, 2), dtype=int))
+    assert main(["experts", str(tmp_path / "0.npy")]) == 1
+    assert "--experts is missing" in capsys.readouterr().err
+
+
+def test_experts_per_token_may_be_given_but_not_otherwise_than_recorded(tmp_path, capsys):
+    np.save(tmp_path / "0.npy", routings(8, 2, 16, 3))
+    files = ["experts", str(tmp_path / "0.npy"), "--experts", "16", "--experts-per-token"]
+    assert main([*files, "3"]) == 0
+    assert main([*files, "4"]) == 1
+    assert "allow only 3" in capsys.readouterr().err

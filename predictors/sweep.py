@@ -55,6 +55,7 @@ class SweepPredictor(BundlePredictor):
             float(self.manifest.power_limit_watts),
         )
         self._compiled_space: tuple[Any, ...] | None = None  # where features are built compiled
+        self._envelope = (self._lowest, self._highest)
         self._compile_features()
 
     def with_active_experts(self, ratio: float) -> Self:
@@ -70,9 +71,19 @@ class SweepPredictor(BundlePredictor):
             features = CompiledFeatures(space, self._base.weights, self._power_base.weights)
             self._compiled_space = features.arguments
 
+    @property
+    def arguments(self) -> tuple[Any, ...] | None:
+        """What `predict_shapes` takes after the shapes, then what `shapes_covered` takes.
+
+        None where features are not built by compiled code.
+        """
+        if self._compiled_space is None:
+            return None
+        return (self._compiled_space, self._model, *self._envelope)
+
     def covers(self, shapes: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Tell, per shape, whether its load lies inside the range seen in training, shape (K,)."""
-        return shapes_covered(_own(shapes), self._lowest, self._highest)
+        return shapes_covered(_own(shapes), *self._envelope)
 
     def predict(self, shapes: NDArray[np.float64]) -> Prediction:
         """Predict a (K, 7) matrix of shapes at every clock; see `Predictor.predict`."""

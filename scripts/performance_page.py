@@ -106,8 +106,9 @@ The fixed computation (`throttle/bench/reference.py`) never changes and decides 
 how these figures would read there. Paced, it takes {_slowdown(decision, REFERENCE_CASE)} times as long as back to back, at the median: what the
 machine itself adds to a call that follows a sleep. A decision of 64 requests takes {_slowdown(decision, "decision")} times as long.
 
-Median of each step, back to back, with a stopwatch around it (which adds a little); *decide* holds projection and forecast, *forecast* the
-steps below it, *observe* the scoreboard:
+Median of each step, back to back, with a stopwatch around it (which adds a little). A decision is one compiled call, whose arguments are
+gathered first: *decide* holds both, *observe* holds the scoreboard. Inside that call nothing can be timed, so projection to lateness are
+timed where each is called by itself, in *decide, step by step*, which decides the same:
 
 {_steps(decision)}
 

@@ -16,7 +16,10 @@ from throttle.testing import FormulaPredictor
 PREDICTOR = FormulaPredictor()
 CLOCKS = len(PREDICTOR.clocks_mhz)
 LENGTHS = LengthCurve()
-NOBODY = np.empty(0)
+
+
+def _nobody():
+    return np.empty(0)
 
 
 class _Engine:
@@ -60,10 +63,10 @@ class _Engine:
     def ask(self):
         """One decision that fails before it has predicted; returns what it was to predict."""
         self.observe()
-        return self.outlook.due_shapes(self.now, LENGTHS, NOBODY)
+        return self.outlook.due_shapes(self.now, LENGTHS, _nobody)
 
     def forecast(self):
-        shapes = self.outlook.due_shapes(self.now, LENGTHS, NOBODY)
+        shapes = self.outlook.due_shapes(self.now, LENGTHS, _nobody)
         if shapes is None:
             return 0
         self.outlook.settle(PREDICTOR.predict(shapes))

@@ -79,13 +79,21 @@ class DecidingEngine:
         recorded: What the engine says.
         predictor: Predicts it.
         parsed: Start from messages as they come off the wire.
+        at_once: In one compiled call, as a daemon decides; else step by step.
     """
 
     def __init__(
-        self, recorded: Recorded, predictor: BundlePredictor, *, parsed: bool = False
+        self,
+        recorded: Recorded,
+        predictor: BundlePredictor,
+        *,
+        parsed: bool = False,
+        at_once: bool = True,
     ) -> None:
         self._recorded = recorded
-        self._controller = Controller(recorded.profile, predictor, ControlSettings())
+        self._controller = Controller(
+            recorded.profile, predictor, ControlSettings(), at_once=at_once
+        )
         self._reader = StateReader(recorded.profile)
         self._wire = [state_message(each).SerializeToString() for each in recorded.states]
         self._parsed = parsed
@@ -120,29 +128,41 @@ def _parse(wire: bytes) -> engine_pb2.IterationState:
 def _instrumented(
     recorded: Recorded, predictor: BundlePredictor, *, parsed: bool
 ) -> dict[str, Any]:
-    """Seconds of each step and memory allocated, medians over passes of their own."""
-    steps = {
+    """Seconds of each step and memory allocated, medians over passes of their own.
+
+    In one compiled call the steps between cannot be timed: theirs are of a pass step by step.
+    """
+    at_once = {
         "observe": (Controller, "observe"),
         "scoreboard": (scoreboard.Scoreboard, "apply"),
+        "gathering": (forecast.Forecaster, "materials"),
+        "decide": (Controller, "decide"),
+        **({"parsing": (StateReader, "read")} if parsed else {}),
+    }
+    stepping = {
         "projection": (forecast.Forecaster, "project"),
         "prediction": (type(predictor), "predict"),
         "correction": (forecast.Forecaster, "_correct"),
         "slack": (forecast.Forecaster, "_slack"),
         "lateness": (forecast.Forecaster, "_lateness"),
-        "forecast": (forecast.Forecaster, "forecast"),
-        "decide": (Controller, "decide"),
-        **({"parsing": (StateReader, "read")} if parsed else {}),
+        "decide, step by step": (Controller, "decide"),
     }
+    medians: dict[str, float] = {}
+    for steps in (at_once, stepping):
+        engine = DecidingEngine(recorded, predictor, parsed=parsed, at_once=steps is at_once)
+        medians |= _step_medians(engine, steps)
     engine = DecidingEngine(recorded, predictor, parsed=parsed)
+    engine.settle()
+    return {"step_p50_seconds": medians, "allocated_bytes": _allocated_bytes(engine)}
+
+
+def _step_medians(engine: DecidingEngine, steps: dict[str, tuple[Any, str]]) -> dict[str, float]:
     engine.settle()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     with _stopwatches(steps, seconds):
         for call, _ in zip(engine.calls(), range(_INSTRUMENTED_COUNT), strict=False):
             call()
-    medians = {name: float(np.median(each)) for name, each in seconds.items() if each}
-    engine = DecidingEngine(recorded, predictor, parsed=parsed)
-    engine.settle()
-    return {"step_p50_seconds": medians, "allocated_bytes": _allocated_bytes(engine)}
+    return {name: float(np.median(each)) for name, each in seconds.items() if each}
 
 
 @contextmanager

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from predictors.prediction import Prediction
+    from predictors.prediction import Prediction, Predictor
     from throttle.control.cruise import Balance
     from throttle.control.feedback import PredictionFeedback
     from throttle.control.lateness import Lateness
@@ -40,6 +40,8 @@ class CompiledSteps:
         expect_lateness: Lateness of every clock.
         balance: Where every clock's batch settles.
         measure_work: Prompt work in windows of every length.
+        decide: All of a decision.
+        model_of: What `decide` takes of a predictor; None where that is not compiled.
     """
 
     advance: Callable[..., None]
@@ -49,6 +51,8 @@ class CompiledSteps:
     expect_lateness: Callable[..., Lateness | None]
     balance: Balance
     measure_work: Measure
+    decide: Callable[..., NDArray[np.float64]]
+    model_of: Callable[[Predictor], tuple[Any, ...] | None]
 
 
 @functools.cache
@@ -57,6 +61,7 @@ def compiled_steps() -> CompiledSteps | None:
     try:
         from throttle.control.compiled import (  # noqa: PLC0415 - needs numba
             cruise,
+            decision,
             lateness,
             projection,
             prompt_work,
@@ -66,6 +71,7 @@ def compiled_steps() -> CompiledSteps | None:
     except (ImportError, RuntimeError):  # the predictor's `fallback_reason` says which
         return None
     advance: Any = scoreboard.advance
+    decide: Any = decision.decide
     return CompiledSteps(
         advance,
         projection.project,
@@ -74,4 +80,12 @@ def compiled_steps() -> CompiledSteps | None:
         lateness.expect_lateness,
         cruise.balance,
         prompt_work.measure,
+        decide,
+        _model_of,
     )
+
+
+def _model_of(predictor: Predictor) -> tuple[Any, ...] | None:
+    from predictors.sweep import SweepPredictor  # noqa: PLC0415 - needs numba
+
+    return predictor.arguments if isinstance(predictor, SweepPredictor) else None

@@ -13,8 +13,17 @@ from throttle.control.compilation import compiled_steps
 from throttle.control.evaluation import Evaluation, judge_clocks
 from throttle.control.forecast import Forecast, Forecaster
 from throttle.control.late_price import LatePrice
-from throttle.control.scoreboard import LiveRequests, Scoreboard
-from throttle.control.selection import Binding, Decision, Reason, Selector
+from throttle.control.outcome import Outcome
+from throttle.control.scoreboard import Scoreboard
+from throttle.control.selection import (
+    OBJECTIVES,
+    Binding,
+    Decision,
+    Reason,
+    Selector,
+    binding_limit,
+    clock_costs,
+)
 from throttle.control.slack import Slo
 from throttle.control.state import EngineProfile, IterationState, Phase
 
@@ -36,11 +45,16 @@ class _LongRun:
         equilibrium: Of the present load.
         carried: Clocks that may be chosen and carry the load, (C,).
         cruise_clock_mhz: That of least average power among them; 0 where there is none.
+        average_watts: Of all GPUs at the present load, working at each clock, (C,).
+        default_average_watts: The same, never throttled and not parked either: what is never
+            throttled idles at its default clocks.
     """
 
     equilibrium: Equilibrium
     carried: NDArray[np.bool_]
     cruise_clock_mhz: int
+    average_watts: list[float]
+    default_average_watts: float
 
 
 class Controller:
@@ -51,6 +65,7 @@ class Controller:
         predictor: Predicts its iterations.
         settings: What the operator tuned.
         compiled: Use compiled code where numba is there; the decisions are the same.
+        at_once: Decide in one compiled call where that can be; the decisions are the same.
         sizes: Numbers of GPUs to advise on, for engines that want advice.
     """
 
@@ -61,6 +76,7 @@ class Controller:
         settings: ControlSettings,
         *,
         compiled: bool = True,
+        at_once: bool = True,
         sizes: Sequence[ParallelSize] = (),
     ) -> None:
         steps = compiled_steps() if compiled else None
@@ -80,6 +96,10 @@ class Controller:
             profile, predictor, settings, self._scoreboard, (floor, self._ceiling), steps=steps
         )
         self._late_price = LatePrice(settings.late_budget())
+        self._objective = OBJECTIVES.index(settings.objective)
+        can = at_once and not profile.wants_advice  # advice is taken from between the steps
+        self._at_once = self._forecaster.decide_at_once if can else None
+        self._outcome = np.zeros(len(Outcome))
         self._scaling = ScalingAdvisor(sizes, self._forecaster.outlook.limits)
         self._fastest_seconds = 0.0  # what all iterations so far would have taken at the fastest
         self._fastest_ratio = 1.0  # duration at the fastest clock over that at the chosen one
@@ -127,11 +147,15 @@ class Controller:
 
     def decide(self, state: IterationState) -> Decision:
         """Choose the clock for what comes after `state`, which must have been observed."""
-        live = self._scoreboard.live()
         now = state.engine_time_seconds
-        if self._idle(state, live):
+        if self._idle(state):
             return self._decide_idle(now)
         self._idle_since_seconds = None
+        if self._at_once is not None and self._scoreboard.running_count:
+            decision = self._decide_at_once(state, now)
+            if decision is not None:
+                return decision
+        live = self._scoreboard.live()
         horizon = self._forecaster.project(state, live, self._selector.current)
         if horizon.empty:
             # Work waits and none of it can be scheduled: it is freed soonest at full speed.
@@ -143,7 +167,7 @@ class Controller:
         live = self._scoreboard.live()
         horizon = self._forecaster.project(state, live, self._selector.current)
         now = state.engine_time_seconds
-        if self._idle(state, live) or horizon.empty:
+        if self._idle(state) or horizon.empty:
             return Evaluation(self.decide(state), ())
         forecast = self._forecaster.forecast(state, horizon, live)
         decision = self._decide_busy(state, forecast, now)
@@ -174,8 +198,8 @@ class Controller:
             raise RuntimeError("the load is not known yet; decide() on more states first")
         return self._keeps_every_limit(forecast) & self._allowed, power * self._weight(forecast)
 
-    def _idle(self, state: IterationState, live: LiveRequests) -> bool:
-        if len(live.running) or len(live.waiting):
+    def _idle(self, state: IterationState) -> bool:
+        if self._scoreboard.running_count or self._scoreboard.waiting_count:
             return False
         queued = state.queued
         waiting = queued.num_prefill_requests + queued.num_decode_requests
@@ -204,6 +228,69 @@ class Controller:
             cruise_clock_mhz=self._cruise_clock_mhz(),
             long_run_power_watts=average,
             default_long_run_power_watts=default,
+        )
+
+    def _decide_at_once(self, state: IterationState, now: float) -> Decision | None:
+        """The decision of the steps below, in one compiled call; None where they are needed."""
+        materials = self._forecaster.materials(state, self._selector.current)
+        if materials is None or self._at_once is None:
+            return None
+        long_run, late_price = self._long_run(), self._late_price
+        predicted = self._at_once(
+            *materials,
+            (
+                self._objective,
+                self._allowed,
+                self._allowed if long_run is None else long_run.carried,
+                self._refund_watts(),
+                long_run is not None,
+                self._ceiling,
+                self._settings.hurry_lost,
+            ),
+            self._selector.standing(now),
+            (self._settings.late_limit_ratio, late_price.answers, late_price.target_ratio),
+            self._outcome,
+        )
+        (
+            decided,
+            index,
+            reason,
+            binding,
+            binding_request,
+            binding_seconds,
+            seconds,
+            upper_seconds,
+            watts,
+            fastest_seconds,
+            fastest_watts,
+            lost_count,
+            late_known,
+            late_ratio,
+        ) = self._outcome.tolist()
+        if not decided:
+            return None
+        self._forecaster.take_in(predicted)
+        self._selector.jump(int(index), now)
+        # Where no clock is feasible the fastest is chosen; the operator's ceiling holds there too.
+        place = self._selector.jump(min(int(index), self._ceiling), now)
+        if late_known:
+            late_price.expect(late_ratio, now)
+        self._fastest_ratio = fastest_seconds / seconds
+        self._working_index = place
+        average, default = self._average_power_watts()
+        return Decision(
+            int(self._clocks_mhz[place]),
+            Reason(int(reason)),
+            Binding(Slo(int(binding)), int(binding_request), binding_seconds) if binding else None,
+            seconds,
+            upper_seconds,
+            watts,
+            fastest_seconds,
+            fastest_watts,
+            0 if long_run is None else long_run.cruise_clock_mhz,
+            int(lost_count),
+            average,
+            default,
         )
 
     def _decide_busy(self, state: IterationState, forecast: Forecast, now: float) -> Decision:
@@ -279,22 +366,20 @@ class Controller:
 
     def _binding(self, forecast: Forecast, index: int) -> Binding | None:
         """What forbids the next lower clock; where nothing does, what has the least slack."""
-        slack, lateness = forecast.slack, forecast.lateness
-        lower = max(index - 1, 0)
-        least = None
-        if len(slack.slos):
-            row = int(np.argmin(slack.slack_seconds[:, index]))
-            least = Binding(
-                Slo(int(slack.slos[row])),
-                int(slack.request_numbers[row]),
-                float(slack.slack_seconds[row, index]),
-            )
-        if lateness is None or (least is not None and slack.slack_seconds[:, lower].min() < 0.0):
-            return least
-        if least is None or lateness.excess_ratio[lower] > self._late_price.target_ratio:
-            left = float(lateness.request_slack_seconds[index])
-            return Binding(Slo.TPOT, lateness.request_number, left)
-        return least
+        slack, late = forecast.slack, forecast.lateness
+        nothing = np.empty(0)
+        kind, number, left = binding_limit(
+            index,
+            slack.slack_seconds,
+            slack.slos,
+            slack.request_numbers,
+            late is not None,
+            nothing if late is None else late.excess_ratio,
+            self._late_price.target_ratio,
+            0 if late is None else late.request_number,
+            nothing if late is None else late.request_slack_seconds,
+        )
+        return Binding(Slo(kind), int(number), float(left)) if kind else None
 
     def _long_run(self) -> _LongRun | None:
         """Of the present equilibrium; computed anew once there is another."""
@@ -305,50 +390,52 @@ class Controller:
             carried = self._allowed & np.isfinite(equilibrium.power_watts)
             power = np.where(carried, equilibrium.power_watts, np.inf)
             cruise = int(self._clocks_mhz[int(np.argmin(power))]) if carried.any() else 0
-            self._known_long_run = _LongRun(equilibrium, carried, cruise)
+            gpus, idle = len(self._profile.gpu_uuids), self._idle_power_watts
+            default = float(equilibrium.power_watts[-1])
+            if self._settings.parking:
+                default += float((1.0 - equilibrium.busy_ratio[-1]) * (idle[-1] - idle[0]))
+            self._known_long_run = _LongRun(
+                equilibrium,
+                carried,
+                cruise,
+                (equilibrium.power_watts * gpus).tolist(),
+                default * gpus,
+            )
         return self._known_long_run
 
     def _power(self, forecast: Forecast) -> NDArray[np.float64] | None:
-        """What a clock costs but for lateness, positive, (C,); None while the load is not known.
-
-        By default the power of computing the horizon, per second of the present clock, with time
-        refunded at the rate that it is worth at this load. Where the batch is the one that the load
-        settles at, the least of it is the cruise clock; on the way there, and when work runs out,
-        it is not.
-        """
+        """What a clock costs but for lateness, (C,); None while the load is not known."""
         long_run = self._long_run()
         if long_run is None:
             return None
-        objective = self._settings.objective
-        if objective == "lowest-clock":
-            return self._clocks_mhz.astype(np.float64)
-        if objective == "energy":
-            return forecast.horizon_joules
-        refund = self._forecaster.outlook.refund_watts
-        if objective == "energy-above-idle":
-            refund = self._forecaster.outlook.least_resting_watts
-        seconds = forecast.horizon_seconds
-        joules = forecast.horizon_joules - refund * seconds
-        cost = refund + joules / seconds[self._selector.current]
-        return cost if objective != "long-run" else np.where(long_run.carried, cost, np.inf)
+        return clock_costs(
+            self._objective,
+            self._clocks_mhz,
+            forecast.horizon_joules,
+            forecast.horizon_seconds,
+            self._refund_watts(),
+            self._selector.current,
+            long_run.carried,
+        )
+
+    def _refund_watts(self) -> float:
+        """What a second less of computing is worth, by the objective."""
+        outlook = self._forecaster.outlook
+        if self._settings.objective == "energy-above-idle":
+            return outlook.least_resting_watts
+        return outlook.refund_watts
 
     def _cruise_clock_mhz(self) -> int:
         long_run = self._long_run()
         return 0 if long_run is None else long_run.cruise_clock_mhz
 
     def _average_power_watts(self) -> tuple[float, float]:
-        """Of all GPUs at the present load: working as decided, and never throttled; 0 if unknown.
-
-        Not parked either: what is never throttled idles at its default clocks.
-        """
-        equilibrium = self._forecaster.outlook.equilibrium
-        if equilibrium is None:
+        """Of all GPUs at this load: working as decided, and never throttled; 0 if unknown."""
+        long_run = self._long_run()
+        if long_run is None:
             return 0.0, 0.0
-        idle = self._idle_power_watts
-        average, default = (float(equilibrium.power_watts[at]) for at in (self._working_index, -1))
-        if self._settings.parking:
-            default += float((1.0 - equilibrium.busy_ratio[-1]) * (idle[-1] - idle[0]))
+        average = long_run.average_watts[self._working_index]
+        default = long_run.default_average_watts
         if not math.isfinite(average + default):
             return 0.0, 0.0  # the load is more than one of them carries
-        gpus = len(self._profile.gpu_uuids)
-        return average * gpus, default * gpus
+        return average, default

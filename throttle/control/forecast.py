@@ -6,15 +6,16 @@ predictor, the load) and lays it over the live requests.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from predictors.prediction import Prediction
+from predictors.prediction import SHAPE_COLUMNS, Prediction
 from throttle.control.advice import AdmissionAdvice, advise_admissions
-from throttle.control.feedback import PredictionFeedback
-from throttle.control.lateness import EndingShares, Lateness, expect_lateness
+from throttle.control.feedback import Observed, PredictionFeedback
+from throttle.control.lateness import EndingShares, Lateness, expect_lateness, judged_clocks
 from throttle.control.lengths import LengthBeliefs, RequestLengths
 from throttle.control.outlook import Outlook
 from throttle.control.projection import Horizon, project, project_aggregates, shape_of
@@ -23,6 +24,8 @@ from throttle.control.slack import SlackTable, measure_aggregate_slack, measure_
 from throttle.control.state import EngineProfile, IterationState, Phase
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from predictors.prediction import Predictor
@@ -37,6 +40,7 @@ _FEEDBACK_BACKLOG = 8
 #: Least share of the time since the state before that an iteration must fill for the power of that
 #: time to be its own.
 _BUSY_RATIO = 0.9
+_NO_SHAPES = np.empty((0, len(SHAPE_COLUMNS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +70,6 @@ class Forecast:
     covered: bool
     kv_pressed: bool
     admissions: tuple[AdmissionAdvice, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Observation:
-    shape: tuple[float, ...]
-    seconds: float
-    clock_mhz: int
-    power_watts: float | None
 
 
 class Forecaster:
@@ -108,9 +104,19 @@ class Forecaster:
         self._lengths = LengthBeliefs()
         self._outlook = Outlook(profile, settings, predictor.idle_power_watts, clocks[1], steps)
         self._feedback = PredictionFeedback(settings.violation_ratio)
-        self._observations: list[_Observation] = []
+        self._clock_places = {int(mhz): place for place, mhz in enumerate(predictor.clocks_mhz)}
+        self._observed = np.empty((_FEEDBACK_BACKLOG, Observed.WATTS + 1))
+        self._observed_count = 0
+        self._model = None if steps is None else steps.model_of(predictor)
+        self._due: NDArray[np.float64] | None = None  # asked of the outlook, not yet predicted
+        self._engine = self._engine_arguments()
         self._last_clock_mhz = 0
         self._last_state_seconds = -np.inf
+
+    @property
+    def decide_at_once(self) -> Callable[..., NDArray[np.float64]] | None:
+        """Decides from `materials`; None where the steps have to be taken one by one."""
+        return None if self._steps is None or self._model is None else self._steps.decide
 
     @property
     def outlook(self) -> Outlook:
@@ -133,18 +139,27 @@ class Forecaster:
             gpu_power_watts: Mean power of one GPU since the state before; None when not known.
         """
         self._outlook.add(state)
-        # Only an iteration that ran at one clock teaches the predictor anything.
-        steady = clock_mhz == self._last_clock_mhz and clock_mhz > 0
+        # Only an iteration that ran at one clock, and a candidate, teaches the predictor anything:
+        # at others a power cap or another agent holds the GPU.
+        steady = clock_mhz == self._last_clock_mhz
         self._last_clock_mhz = clock_mhz
-        seconds = state.iteration_duration_seconds
+        now, seconds = state.engine_time_seconds, state.iteration_duration_seconds
         if state.phase is Phase.COMPLETED and seconds is not None and steady:
+            clock = self._clock_places.get(clock_mhz)
             shape = shape_of(state.scheduled)
-            if any(shape):
-                elapsed = state.engine_time_seconds - self._last_state_seconds
-                own = gpu_power_watts if seconds >= _BUSY_RATIO * elapsed else None
-                self._observations.append(_Observation(shape, seconds, clock_mhz, own))
-                del self._observations[:-_FEEDBACK_BACKLOG]
-        self._last_state_seconds = state.engine_time_seconds
+            if clock is not None and any(shape):
+                own = gpu_power_watts is not None and (
+                    seconds >= _BUSY_RATIO * (now - self._last_state_seconds)
+                )
+                self._remember((*shape, seconds, clock, gpu_power_watts if own else math.nan))
+        self._last_state_seconds = now
+
+    def _remember(self, observed: tuple[float | None, ...]) -> None:
+        if self._observed_count == _FEEDBACK_BACKLOG:
+            self._observed[:-1] = self._observed[1:].copy()
+            self._observed_count -= 1
+        self._observed[self._observed_count] = observed
+        self._observed_count += 1
 
     def learn_length(self, ended: EndedRequest) -> None:
         """Take in one answer's length."""
@@ -220,15 +235,20 @@ class Forecaster:
 
     def _kv_pressed(self, state: IterationState, horizon: Horizon) -> bool:
         ratio, blocks_count = self._settings.kv_pressure_ratio, self._profile.kv_blocks_count
-        cache = state.kv_cache
-        usage = cache.usage_ratio or 0.0
-        if cache.used_blocks_count is not None:
-            usage = cache.used_blocks_count / (cache.total_blocks_count or blocks_count)
         return (
             horizon.blocked_requests_count > 0
             or bool(horizon.kv_blocks.max() > blocks_count * ratio)
-            or usage > ratio
+            or self._kv_said_full(state)
         )
+
+    def _kv_said_full(self, state: IterationState) -> bool:
+        """Whether the engine itself says that its KV cache is as good as full."""
+        cache = state.kv_cache
+        usage = cache.usage_ratio or 0.0
+        if cache.used_blocks_count is not None:
+            total = cache.total_blocks_count or self._profile.kv_blocks_count
+            usage = cache.used_blocks_count / total
+        return usage > self._settings.kv_pressure_ratio
 
     def _request_lengths(self, rows: NDArray[np.float64], generated: float = 0.0) -> RequestLengths:
         """What is known of these requests' answers, each at least so many tokens long."""
@@ -282,44 +302,92 @@ class Forecaster:
 
     def _predict(self, horizon: Horizon, now: float) -> Prediction:
         """Predict the horizon, and in the same call what feedback and outlook ask for."""
-        shapes, observed = horizon.shapes, self._observations
-        generated = horizon.decodes[:, Column.GENERATED]
-        due = self._outlook.due_shapes(now, self._lengths.everyone, generated)
-        blocks = [shapes]
-        if observed:
-            blocks.append(np.array([each.shape for each in observed]))
-        if due is not None:
-            blocks.append(due)
-        if len(blocks) == 1:
+        shapes, observed = horizon.shapes, self._observed[: self._observed_count]
+        due = self._due_shapes(now)
+        if not len(observed) and due is None:
             return self._predictor.predict(shapes)
-        prediction = self._predictor.predict(np.vstack(blocks))
+        blocks = [shapes, observed[:, : len(SHAPE_COLUMNS)]]
+        prediction = self._predictor.predict(np.vstack(blocks if due is None else [*blocks, due]))
         first = len(shapes)
         for row, each in enumerate(observed, start=first):
             self._learn(each, prediction, row)
-        self._observations = []
         if due is not None:
-            settled = _rows(prediction, first + len(observed), None)
-            latency, upper = self._feedback.correct(settled, due[:, 1] > 0)
-            power = settled.power_watts * self._feedback.power_ratio
-            self._outlook.settle(Prediction(latency, upper, power))
+            self._settle(due, _rows(prediction, first + len(observed), None))
+        self._observed_count, self._due = 0, None
         return _rows(prediction, 0, first)
 
-    def _learn(self, observation: _Observation, prediction: Prediction, row: int) -> None:
-        clocks = self._predictor.clocks_mhz
-        index = int(np.searchsorted(clocks, observation.clock_mhz))
-        if index == len(clocks) or clocks[index] != observation.clock_mhz:
-            return  # not a candidate clock: a power cap or another agent holds it
-        self._feedback.learn(
-            observation.seconds,
-            float(prediction.latency_seconds[row, index]),
-            float(prediction.latency_upper_seconds[row, index]),
-            mixed=observation.shape[1] > 0,
-        )
-        if observation.power_watts is not None:
-            predicted_watts = float(prediction.power_watts[row, index])
-            self._feedback.learn_power(
-                observation.power_watts, predicted_watts, observation.seconds
+    def _due_shapes(self, now: float) -> NDArray[np.float64] | None:
+        if self._due is None:
+            self._due = self._outlook.due_shapes(
+                now, self._lengths.everyone, self._scoreboard.generated_tokens
             )
+        return self._due
+
+    def _settle(self, due: NDArray[np.float64], prediction: Prediction) -> None:
+        latency, upper = self._feedback.correct(prediction, due[:, 1] > 0)
+        power = prediction.power_watts * self._feedback.power_ratio
+        self._outlook.settle(Prediction(latency, upper, power))
+
+    def _learn(self, observed: NDArray[np.float64], prediction: Prediction, row: int) -> None:
+        clock = int(observed[Observed.CLOCK])
+        seconds, watts = float(observed[Observed.SECONDS]), float(observed[Observed.WATTS])
+        self._feedback.learn(
+            seconds,
+            float(prediction.latency_seconds[row, clock]),
+            float(prediction.latency_upper_seconds[row, clock]),
+            mixed=bool(observed[1] > 0),
+        )
+        if not math.isnan(watts):
+            predicted_watts = float(prediction.power_watts[row, clock])
+            self._feedback.learn_power(watts, predicted_watts, seconds)
+
+    def _engine_arguments(self) -> tuple[Any, ...]:
+        """What never changes of what compiled code takes; see `compiled.decision.decide`."""
+        profile, guards = self._profile, self._guards
+        return (
+            float(profile.batched_tokens_limit),
+            profile.running_requests_limit,
+            profile.kv_blocks_count,
+            profile.kv_block_tokens,
+            len(profile.gpu_uuids),
+            float(self._settings.kv_pressure_ratio),
+            float(guards.ttft_ratio),
+            float(guards.tbt_ratio),
+            float(guards.e2e_ratio),
+            float(guards.reserve_seconds),
+            judged_clocks(self._clocks),
+        )
+
+    def materials(self, state: IterationState, clock_index: int) -> tuple[Any, ...] | None:
+        """What a decision in one compiled call takes; see `compiled.decision.decide`.
+
+        None where what is due has to be settled before anything else is computed.
+        """
+        now = state.engine_time_seconds
+        successors = self._outlook.successors_arguments(clock_index)
+        due = self._due_shapes(now)
+        if due is not None and self._outlook.at_once:
+            return None
+        feedback = self._feedback
+        return (
+            self._scoreboard.places(),
+            self._lengths.table(self._scoreboard.length_classes).arguments,
+            self._engine,
+            self._model,
+            (feedback.learned, feedback.violation_ratio, self._observed[: self._observed_count]),
+            _NO_SHAPES if due is None else due,
+            self._outlook.arguments,
+            self._outlook.newcomers_arguments,
+            successors,
+            now,
+            self._kv_said_full(state),
+        )
+
+    def take_in(self, predicted: NDArray[np.float64]) -> None:
+        """What a decision made of its materials has predicted beside, (3, S, C)."""
+        due, self._observed_count, self._due = self._due, 0, None
+        if due is not None:
+            self._settle(due, Prediction(predicted[0], predicted[1], predicted[2]))
 
 
 def _rows(prediction: Prediction, start: int, stop: int | None) -> Prediction:

@@ -69,6 +69,11 @@ class LengthTable:
     expected_remaining: NDArray[np.float64]
     excess: NDArray[np.float64]
 
+    @property
+    def arguments(self) -> tuple[NDArray[np.float64], ...]:
+        """Its fields, in order."""
+        return (self.starts, self.survival, self.expected_remaining, self.excess)
+
     @classmethod
     def of(cls, curves: Sequence[LengthCurve]) -> LengthTable:
         """The curves in this order."""

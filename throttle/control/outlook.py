@@ -10,7 +10,7 @@ horizon.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from throttle.control.prompt_work import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from numpy.typing import NDArray
 
@@ -59,6 +59,8 @@ _PIECES_COUNT = 16
 #: Share of the period after which a settling should be done: where decisions come too seldom for
 #: that, everything is computed at once.
 _SETTLING_RATIO = 0.5
+_NONE, _NO_TABLE = np.empty(0), np.empty((0, 0))
+_NO_WORK = (_NONE, _NONE, _NONE, _NONE)
 #: Generating requests beside a prompt while no equilibrium is known.
 _UNKNOWN_BATCH = 16.0
 
@@ -118,9 +120,47 @@ class Outlook:
         )
         self._prompt_work = PromptWorkEstimator(None if steps is None else steps.measure_work)
         self._settled = _Settled()
+        self._arguments_of: _Settled | None = None
+        self._arguments: tuple[Any, ...] = ()
         self._pieces: _Pieces | None = None
         self._at_once = True
         self._started_seconds = self._advanced_seconds = self._due_seconds = -np.inf
+
+    @property
+    def at_once(self) -> bool:
+        """Whether what was due last is settled with it: what follows then differs."""
+        return self._at_once
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What compiled code takes of what was settled last.
+
+        Batches, stretches and seconds of a prompt token (`Interruptions`); `PromptWork.arguments`
+        after iterations with prompts, and after those without.
+        """
+        settled = self._settled
+        if self._arguments_of is not settled:
+            self._arguments_of, self._arguments = settled, _arguments(settled)
+        return self._arguments
+
+    @property
+    def newcomers_arguments(self) -> tuple[float, float, bool]:
+        """Limit and number per second of answers that will begin, and whether they are known."""
+        load, tpot = self._load.load(), self._profile.default_slos.tpot_seconds
+        if load is None or tpot is None:
+            return 0.0, 0.0, False
+        return tpot, load.prefill_iterations_per_second * load.prefill_requests_per_iteration, True
+
+    def successors_arguments(self, clock_index: int) -> tuple[float, float]:
+        """Batch at a clock that takes the place of those that end, and its mean context in tokens.
+
+        The batch is below 0 while it is not known.
+        """
+        load = self._load.load()
+        equilibrium = self._settled.equilibrium
+        if load is None or equilibrium is None:
+            return -1.0, 0.0
+        return float(equilibrium.batch_requests[clock_index]), load.context_tokens
 
     @property
     def equilibrium(self) -> Equilibrium | None:
@@ -166,14 +206,17 @@ class Outlook:
         self._prompt_work.add(state)
 
     def due_shapes(
-        self, now_seconds: float, lengths: LengthCurve, generated_tokens: NDArray[np.float64]
+        self,
+        now_seconds: float,
+        lengths: LengthCurve,
+        generated_tokens: Callable[[], NDArray[np.float64]],
     ) -> NDArray[np.float64] | None:
         """Go on with what is due; shapes whose prediction `settle` wants, (S, 7), or None.
 
         Args:
             now_seconds: Engine time.
             lengths: How long answers are.
-            generated_tokens: Output so far of those that go on, (n,).
+            generated_tokens: Gives the output so far of those that go on, (n,).
         """
         if now_seconds <= self._advanced_seconds:
             return None
@@ -189,7 +232,7 @@ class Outlook:
                 self._settled.equilibrium is None or elapsed * _PIECES_COUNT > spread_seconds
             )
             self._started_seconds = now_seconds
-            self._pieces = self._settle_by_pieces(load, lengths, generated_tokens)
+            self._pieces = self._settle_by_pieces(load, lengths, generated_tokens())
         wanted = next(self._pieces, None)
         while self._at_once and wanted is None:
             wanted = next(self._pieces)
@@ -287,23 +330,13 @@ class Outlook:
 
     def successors(self, lengths: LengthCurve, clock_index: int) -> Successors | None:
         """Who will take the place of those that end, at a clock; None while that is not known."""
-        load = self._load.load()
-        equilibrium = self._settled.equilibrium
-        if load is None or equilibrium is None:
-            return None
-        batch = float(equilibrium.batch_requests[clock_index])
-        return Successors(lengths, batch, load.context_tokens)
+        batch, context_tokens = self.successors_arguments(clock_index)
+        return None if batch < 0.0 else Successors(lengths, batch, context_tokens)
 
     def newcomers(self, lengths: LengthCurve) -> Newcomers | None:
         """Answers that will begin within the horizon; None while that is not known."""
-        load, tpot = self._load.load(), self._profile.default_slos.tpot_seconds
-        if load is None or tpot is None:
-            return None
-        return Newcomers(
-            lengths,
-            tpot,
-            load.prefill_iterations_per_second * load.prefill_requests_per_iteration,
-        )
+        tpot, per_second, known = self.newcomers_arguments
+        return Newcomers(lengths, tpot, per_second) if known else None
 
     def work(self, horizon: Horizon) -> PromptWork | None:
         """How many prompt tokens come after what is planned; None while hardly any do."""
@@ -328,6 +361,17 @@ class Outlook:
         stretch = interruptions.stretch_ratio(horizon.shapes[:, 3])
         stretch[: horizon.prefill_segments_count] = 1.0
         return stretch
+
+
+def _arguments(settled: _Settled) -> tuple[Any, ...]:
+    known = settled.interruptions
+    if known is None:
+        return _NONE, _NO_TABLE, _NO_TABLE, _NO_WORK, _NO_WORK
+    prompts, decodes = (
+        _NO_WORK if work is None else work.arguments
+        for work in (settled.work_after_prompts, settled.work_after_decodes)
+    )
+    return known.batches, known.ratios, known.token_seconds, prompts, decodes
 
 
 def _joined(predictions: list[Prediction]) -> Prediction:

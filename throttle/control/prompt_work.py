@@ -133,6 +133,11 @@ class PromptWork:
     log_mean_tokens: NDArray[np.float64]
     log_variance: NDArray[np.float64]
 
+    @property
+    def arguments(self) -> tuple[NDArray[np.float64], ...]:
+        """Its fields, in order: what compiled code takes."""
+        return self.log_seconds, self.any_ratio, self.log_mean_tokens, self.log_variance
+
     def within(
         self, seconds: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:

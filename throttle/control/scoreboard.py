@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from throttle.control.compilation import CompiledSteps
 
 _INITIAL_ROWS = 64
+_NOBODY = np.empty(0, np.int64)
 
 
 class Column(enum.IntEnum):
@@ -148,12 +149,37 @@ class Scoreboard:
         """Names of the length classes; the position is the class's index."""
         return tuple(self._class_index)
 
+    @property
+    def running_count(self) -> int:
+        """Requests that hold KV blocks."""
+        return len(self._running)
+
+    @property
+    def waiting_count(self) -> int:
+        """Requests that hold none."""
+        return len(self._waiting)
+
     def live(self) -> LiveRequests:
         """Rows of the running and the waiting requests, copied."""
-        waiting = [self._slot_by_number[number] for number in self._waiting]
+        rows, running, waiting = self.places()
+        return LiveRequests(rows[running], rows[waiting])
+
+    def places(self) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+        """All rows, not copied, and which of them run and wait, in the order of `live`."""
         if len(self._running_index) != len(self._running):
             self._running_index = np.array(self._running, dtype=np.int64)
-        return LiveRequests(self._rows[self._running_index], self._rows[waiting])
+        waiting = _NOBODY
+        if self._waiting:
+            slots = [self._slot_by_number[number] for number in self._waiting]
+            waiting = np.array(slots, dtype=np.int64)
+        return self._rows, self._running_index, waiting
+
+    def generated_tokens(self) -> NDArray[np.float64]:
+        """Output so far of the running requests whose prompt is computed, (n,)."""
+        rows, running, _ = self.places()
+        generating = rows[running, Column.COMPUTED] >= rows[running, Column.TARGET]
+        tokens: NDArray[np.float64] = rows[running[generating], Column.GENERATED]
+        return tokens
 
     def apply(self, state: IterationState, fastest_seconds: float = 0.0) -> list[EndedRequest]:
         """Take in one state; returns the requests that ended with it.

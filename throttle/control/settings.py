@@ -6,12 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from throttle.control.selection import Hysteresis
+from throttle.control.selection import Hysteresis, Objective
 from throttle.control.slack import Guards
 
-#: What a clock is judged by among those that keep every limit: the long-run average power at the
-#: present load; the clock itself; the energy of the work at hand; the same above idle power.
-Objective = Literal["long-run", "lowest-clock", "energy", "energy-above-idle"]
 Posture = Literal["performance", "balanced", "efficiency"]
 
 #: Share of answers that may be late for want of a faster clock, on each rung of the ladder.

@@ -81,7 +81,7 @@ def expect_lateness(
     else:
         windows, any_ratio = work.log_seconds, work.any_ratio
         log_mean, log_variance = work.log_mean_tokens, work.log_variance
-    total, excess, number, slack = _lateness(
+    total, excess, number, slack = lateness_of(
         horizon.decodes,
         horizon.prompts,
         horizon.first_tokens.segments,
@@ -247,7 +247,7 @@ def _ending_shares(
 
 
 @fused
-def _lateness(
+def lateness_of(
     decodes: NDArray[np.float64],
     prompts: NDArray[np.float64],
     first_segments: NDArray[np.int64],
@@ -464,9 +464,9 @@ def _lateness(
         else:
             width, into = judged[low + 1] - judged[low], clock - judged[low]
             log = logs[low] + (logs[low + 1] - logs[low]) / width * into
-            left_over = (
-                foremost_slack[low] + (foremost_slack[low + 1] - foremost_slack[low]) / width * into
-            )
+            left_over = foremost_slack[low]
+            if np.isfinite(left_over):  # infinite where only newcomers can be late
+                left_over += (foremost_slack[low + 1] - foremost_slack[low]) / width * into
         excess[clock] = np.exp(log) - LEAST_SHARE
         slack[clock] = left_over
     return total.max(), excess, foremost_number, slack

@@ -68,7 +68,7 @@ def project(
         prompt_lengths,
         decodes,
         remaining,
-    ) = _project(
+    ) = project_rows(
         live.running,
         live.waiting,
         lengths.starts,
@@ -127,7 +127,7 @@ def _admit(
 
 
 @compiled
-def _project(
+def project_rows(
     running: NDArray[np.float64],
     waiting: NDArray[np.float64],
     starts: NDArray[np.float64],

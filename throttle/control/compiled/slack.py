@@ -45,7 +45,7 @@ def correct(
         Latency and its upper bound, (K, C) each; energy of one GPU and time over the horizon, (C,).
     """
     decode, mixed = feedback.factors(mixed=False), feedback.factors(mixed=True)
-    latency, upper, joules, seconds = _correct(
+    latency, upper, joules, seconds = correct_prediction(
         prediction.latency_seconds,
         prediction.latency_upper_seconds,
         prediction.power_watts,
@@ -76,7 +76,7 @@ def measure_slack(
         guards: How much of each limit may be planned with.
         interruptions: How prompts to come stretch segments; None for not at all.
     """
-    slack, slos, numbers, lost_count = _slack(
+    slack, slos, numbers, lost_count = slack_of(
         horizon.prompts,
         horizon.decodes,
         horizon.prompt_lengths,
@@ -100,7 +100,7 @@ def measure_slack(
 
 
 @compiled
-def _correct(
+def correct_prediction(
     predicted: NDArray[np.float64],
     predicted_upper: NDArray[np.float64],
     watts: NDArray[np.float64],
@@ -112,6 +112,7 @@ def _correct(
     mixed_widening: float,
     power_ratio: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """What `correct` returns, factors of both phases given."""
     segments_count, clocks_count = len(shapes), predicted.shape[1]
     latency = np.empty((segments_count, clocks_count))
     upper = np.empty((segments_count, clocks_count))
@@ -135,7 +136,7 @@ def _correct(
 
 
 @compiled
-def _slack(
+def slack_of(
     prompts: NDArray[np.float64],
     decodes: NDArray[np.float64],
     prompt_lengths: NDArray[np.float64],

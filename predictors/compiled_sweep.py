@@ -31,7 +31,7 @@ _ROWS_AT_ONCE = 32
 _WAITING_LIMIT = MAXIMUM_DEPTH + 1
 
 #: Where the clock ratios stand in a model.
-_CLOCK_RATIOS = 6
+_CLOCK_RATIOS = 2
 
 
 @compiled
@@ -100,17 +100,12 @@ def predict_rows(
         work: Of the analytic power, (kinds, K).
         phases: `phases_of` each row, (K,).
         found: Filled: seconds, their upper bound in seconds, watts, (3, K, C).
-        model: Roots, nodes and base score of the latency forest and of the power forest; clock
-            ratios (C,); bound factors (phases, C); static watts (C,); work rates (kinds, C); power
-            limit in watts.
+        model: `Forest.arguments` of latency and of power; clock ratios (C,); bound factors
+            (phases, C); static watts (C,); work rates (kinds, C); power limit in watts.
     """
     (
-        latency_roots,
-        latency_nodes,
-        latency_base_score,
-        power_roots,
-        power_nodes,
-        power_base_score,
+        latency_forest,
+        power_forest,
         clock_ratios,
         bound_factors,
         static_watts,
@@ -128,12 +123,12 @@ def predict_rows(
         form = (clocks_count + 1, count)
         sums = margins[: size + count].reshape(form)
         ratios = factors[: size + count].reshape(form)
-        _sweep(features, first, latency_roots, latency_nodes, latency_base_score, sums)
+        _sweep(features, first, latency_forest, sums)
         exponentials(margins, bits, factors, size)
         _finish_latency(
             latency, upper, ratios, first, parts, clock_ratios, phases, bound_factors, base
         )
-        _sweep(features, first, power_roots, power_nodes, power_base_score, sums)
+        _sweep(features, first, power_forest, sums)
         exponentials(margins, bits, factors, size)
         _finish_power(
             power, latency, ratios, first, work, static_watts, work_rates, power_limit_watts, base
@@ -144,17 +139,26 @@ def predict_rows(
 def _sweep(
     features: NDArray[np.float32],
     first: int,
-    roots: NDArray[np.int32],
-    nodes: NDArray[Any],
-    base_score: float,
+    forest: tuple[Any, ...],
     out: NDArray[np.float64],
 ) -> None:
     """Fill `out` (C + 1, rows) with the forest's sums for the rows from `first` on.
 
     The last row of `out` is where intervals that reach beyond the last clock end.
     """
+    roots, nodes, base_score, thresholds, firsts = forest
     clocks_count, rows_count = len(out) - 1, out.shape[1]
     out[:] = 0.0
+    # which rows go right at each threshold: a node then looks up what all its rows do
+    rights = np.zeros(len(thresholds), np.int32)
+    for feature in range(len(firsts) - 1):
+        # slices: indices that may be negative keep the loop from becoming vector instructions
+        steps = thresholds[firsts[feature] : firsts[feature + 1]]
+        beyond = rights[firsts[feature] : firsts[feature + 1]]
+        for row in range(rows_count):
+            value, bit = features[feature, first + row], np.int32(1 << row)
+            for place in range(len(steps)):
+                beyond[place] = beyond[place] | bit if value >= steps[place] else beyond[place]
     waiting = np.empty(_WAITING_LIMIT, np.int32)
     marks = np.empty(_WAITING_LIMIT, np.int64)
     lows = np.empty(_WAITING_LIMIT, np.int32)
@@ -171,11 +175,7 @@ def _sweep(
             while split != LEAF:
                 left = nodes[index].left
                 if split != CLOCK_FEATURE:
-                    threshold = nodes[index].threshold
-                    right = np.int64(0)
-                    for row in range(rows_count):
-                        right |= np.int64(features[split, first + row] >= threshold) << row
-                    right &= mark
+                    right = rights[nodes[index].cut] & mark
                     if right == 0:
                         index = left
                     elif right == mark:
@@ -197,9 +197,9 @@ def _sweep(
                         left_over += 1
                         index, high = left, cut
                 split = nodes[index].feature
-            value = nodes[index].threshold
+            leaf = nodes[index].value
             for row in range(rows_count):
-                added = value if (mark >> row) & 1 else np.float32(0.0)
+                added = leaf if (mark >> row) & 1 else np.float32(0.0)
                 out[low, row] += added
                 out[high, row] -= added
     for row in range(rows_count):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from predictors.errors import BundleError
+from predictors.features import CLOCK_FEATURE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,10 +22,11 @@ LEAF = -1
 #: Deepest tree that the walk's stack holds.
 MAXIMUM_DEPTH = 32
 
-#: One node in 16 bytes. A leaf has feature `LEAF` and its value as threshold; the right child
-#: follows the left one; `cut` is how many candidate clocks go left where the clock is split.
+#: One node in 16 bytes. A leaf has feature `LEAF`; the right child follows the left one; `cut` is
+#: how many candidate clocks go left where the clock is split, else the place of the threshold in
+#: `Forest.thresholds`; `value` is a leaf's.
 _NODE = np.dtype(
-    [("feature", np.int32), ("left", np.int32), ("cut", np.int32), ("threshold", np.float32)]
+    [("feature", np.int32), ("left", np.int32), ("cut", np.int32), ("value", np.float32)]
 )
 
 
@@ -36,11 +38,20 @@ class Forest:
         roots: Index of each tree's root in `nodes`.
         nodes: All nodes, of type `_NODE`, each tree level by level.
         base_score: What the sum of the leaves starts from.
+        thresholds: All thresholds of each feature in turn, each once.
+        firsts: Where those of each feature begin, and where the last ends, (F + 1,).
     """
 
     roots: NDArray[np.int32]
     nodes: NDArray[np.void]
     base_score: float
+    thresholds: NDArray[np.float32]
+    firsts: NDArray[np.int64]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Its fields, in order: what the sweep takes."""
+        return self.roots, self.nodes, self.base_score, self.thresholds, self.firsts
 
     @classmethod
     def from_model(
@@ -73,8 +84,19 @@ class Forest:
         nodes["left"] += np.repeat(roots, counts)
         # XGBoost compares in single precision; a clock equal to the threshold goes right
         clocks = clock_ratios.astype(np.float32)
-        nodes["cut"] = np.searchsorted(clocks, nodes["threshold"], side="left")
-        return cls(roots, nodes, _base_score(learner))
+        thresholds: list[NDArray[np.float32]] = []
+        firsts = [0]
+        for feature in range(len(features)):
+            splits = nodes["feature"] == feature
+            if feature == CLOCK_FEATURE:
+                nodes["cut"][splits] = np.searchsorted(clocks, nodes["value"][splits], side="left")
+                different = np.empty(0, np.float32)
+            else:
+                different, places = np.unique(nodes["value"][splits], return_inverse=True)
+                nodes["cut"][splits] = firsts[-1] + places
+            thresholds.append(different)
+            firsts.append(firsts[-1] + len(different))
+        return cls(roots, nodes, _base_score(learner), np.concatenate(thresholds), np.array(firsts))
 
 
 def _by_level(tree: dict[str, Any]) -> NDArray[np.void]:
@@ -83,7 +105,7 @@ def _by_level(tree: dict[str, Any]) -> NDArray[np.void]:
     nodes = np.zeros(len(tree["left_children"]), dtype=_NODE)
     for index, node in enumerate(order):  # grows while it is walked
         left = tree["left_children"][node]
-        nodes[index]["threshold"] = tree["split_conditions"][node]
+        nodes[index]["value"] = tree["split_conditions"][node]
         nodes[index]["feature"] = LEAF if left < 0 else tree["split_indices"][node]
         if left >= 0:
             nodes[index]["left"] = len(order)

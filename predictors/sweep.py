@@ -32,7 +32,7 @@ class SweepPredictor(BundlePredictor):
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle)
-        self._latency, self._power = (
+        latency, power = (
             Forest.from_model(
                 model,
                 list(bundle.features),
@@ -42,12 +42,8 @@ class SweepPredictor(BundlePredictor):
             for what, model in (("latency", bundle.latency_model), ("power", bundle.power_model))
         )
         self._model = (
-            self._latency.roots,
-            self._latency.nodes,
-            self._latency.base_score,
-            self._power.roots,
-            self._power.nodes,
-            self._power.base_score,
+            latency.arguments,
+            power.arguments,
             self._clock_ratios,
             self._bound_factors,
             self._static_watts,

@@ -111,15 +111,31 @@ class LoadEstimator:
             self._prefill_requests += work.num_prefill_requests
             self._prefill_kv_tokens += work.sum_prefill_kv_tokens
 
+    @property
+    def known(self) -> bool:
+        """Whether enough engine time was seen, and something came."""
+        return self._seen_seconds >= self._settling_seconds and self._decode_tokens >= 1e-6
+
+    @property
+    def context_tokens(self) -> float:
+        """As in the load, which must be known."""
+        return self._decode_kv_tokens / self._decode_tokens
+
+    @property
+    def prompts_per_second(self) -> float:
+        """Prompts that are computed, of the load, which must be known."""
+        iterations = max(self._prefill_iterations, 1e-9)
+        return (self._prefill_iterations / self._weight_seconds) * (
+            self._prefill_requests / iterations
+        )
+
     def load(self) -> OfferedLoad | None:
-        """The present estimate; None until enough engine time was seen, or while nothing came."""
-        if self._known is None and self._seen_seconds >= self._settling_seconds:
+        """The present estimate; None while it is not known."""
+        if self._known is None and self.known:
             self._known = self._estimate()
         return self._known
 
-    def _estimate(self) -> OfferedLoad | None:
-        if self._decode_tokens < 1e-6:
-            return None
+    def _estimate(self) -> OfferedLoad:
         iterations = max(self._prefill_iterations, 1e-9)
         return OfferedLoad(
             prefill_tokens_per_second=self._prefill_tokens / self._weight_seconds,
@@ -127,7 +143,7 @@ class LoadEstimator:
             prefill_requests_per_iteration=self._prefill_requests / iterations,
             prefill_kv_tokens_per_iteration=self._prefill_kv_tokens / iterations,
             decode_tokens_per_second=self._decode_tokens / self._weight_seconds,
-            context_tokens=self._decode_kv_tokens / self._decode_tokens,
+            context_tokens=self.context_tokens,
             dispersion_ratio=self._dispersion.ratio(),
             requests_per_second=self._requests / self._weight_seconds,
         )

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from throttle.control.settings import ControlSettings
 
 
+#: By value: an enumeration that is called takes longer than a dictionary.
+_REASONS = {int(reason): reason for reason in Reason}
+_SLOS = {int(slo): slo for slo in Slo}
+
+
 @dataclass(frozen=True, slots=True)
 class _LongRun:
     """What follows from an equilibrium for all decisions until the next.
@@ -88,6 +93,7 @@ class Controller:
         self._allowed = ceiling & (clocks >= settings.floor_clock_ratio * clocks[-1])
         self._allowed[self._ceiling] = True
         self._clocks_mhz = clocks
+        self._clock_numbers: list[int] = clocks.tolist()
         self._idle_power_watts = predictor.idle_power_watts
         self._selector = Selector(clocks, settings.hysteresis())
         self._scoreboard = Scoreboard(profile.default_slos, steps)
@@ -279,9 +285,11 @@ class Controller:
         self._working_index = place
         average, default = self._average_power_watts()
         return Decision(
-            int(self._clocks_mhz[place]),
-            Reason(int(reason)),
-            Binding(Slo(int(binding)), int(binding_request), binding_seconds) if binding else None,
+            self._clock_numbers[place],
+            _REASONS[int(reason)],
+            Binding(_SLOS[int(binding)], int(binding_request), binding_seconds)
+            if binding
+            else None,
             seconds,
             upper_seconds,
             watts,

@@ -94,7 +94,6 @@ class LengthCurve:
         survival: Share of answers longer than each, (S,).
         excess: Its stationary excess, (S,).
         expected_remaining: E[L - g | L > g] for g from each start on, (S,).
-        computed_count: How often they were computed anew.
     """
 
     starts: NDArray[np.float64]
@@ -103,7 +102,6 @@ class LengthCurve:
     expected_remaining: NDArray[np.float64]
 
     def __init__(self) -> None:
-        self.computed_count = 0
         logs = np.log(_EDGES / _PRIOR_MEDIAN_TOKENS) / _PRIOR_SPREAD
         density = np.exp(-0.5 * logs**2) * np.gradient(np.log(_EDGES))
         self._ended = _PRIOR_WEIGHT * density / density.sum()
@@ -111,17 +109,23 @@ class LengthCurve:
         self._unseen = 0.0
         self._compute()
 
-    def add(self, generated_tokens: int, *, censored: bool) -> None:
-        """Take in one answer of `generated_tokens`, which ended there or was cut there."""
+    def add(self, generated_tokens: int, *, censored: bool) -> bool:
+        """Take in one answer of `generated_tokens`, which ended there or was cut there.
+
+        Returns:
+            Whether the curve was computed anew.
+        """
         index = min(int(np.searchsorted(_EDGES, generated_tokens)), len(_EDGES) - 1)
         (self._censored if censored else self._ended)[index] += 1.0
         self._unseen += 1.0
-        if self._unseen >= _REFRESH_SHARE * (self._ended.sum() + self._censored.sum()):
+        due = bool(self._unseen >= _REFRESH_SHARE * (self._ended.sum() + self._censored.sum()))
+        if due:
             if self._ended.sum() + self._censored.sum() > _MEMORY_ANSWERS:
                 self._ended *= 0.5
                 self._censored *= 0.5
             self._compute()
             self._unseen = 0.0
+        return due
 
     def expected_remaining_tokens(
         self, generated_tokens: NDArray[np.float64]
@@ -163,7 +167,6 @@ class LengthCurve:
         return np.concatenate([[1.0], np.cumprod(1.0 - np.minimum(hazard, 1.0))])
 
     def _compute(self) -> None:
-        self.computed_count += 1
         survival = self._survival_ratio(self._censored)
         starts = np.concatenate([[0.0], _EDGES])
         # Mean residual life by the area under the curve: sum over later bins of S * width.
@@ -182,7 +185,7 @@ class LengthBeliefs:
         self._curves: dict[str, LengthCurve] = {}
         self._everyone = LengthCurve()
         self._table: LengthTable | None = None
-        self._table_computed: list[int] = []
+        self._table_classes: Sequence[str] = ()
 
     @property
     def everyone(self) -> LengthCurve:
@@ -191,15 +194,15 @@ class LengthBeliefs:
 
     def add(self, length_class: str, generated_tokens: int, *, censored: bool) -> None:
         """Take in one answer of a class."""
-        self._curve(length_class).add(generated_tokens, censored=censored)
-        self._everyone.add(generated_tokens, censored=censored)
+        for curve in (self._curve(length_class), self._everyone):
+            if curve.add(generated_tokens, censored=censored):
+                self._table = None
 
     def table(self, classes: Sequence[str]) -> LengthTable:
         """The curves of these classes, in order, and everyone's last; made anew if one changed."""
-        curves = [*(self._curve(name) for name in classes), self._everyone]
-        computed = [curve.computed_count for curve in curves]
-        if computed != self._table_computed or self._table is None:
-            self._table, self._table_computed = LengthTable.of(curves), computed
+        if self._table is None or classes != self._table_classes:
+            curves = [*(self._curve(name) for name in classes), self._everyone]
+            self._table, self._table_classes = LengthTable.of(curves), classes
         return self._table
 
     def planned_tokens(self, requests: RequestLengths) -> NDArray[np.float64]:

@@ -146,21 +146,20 @@ class Outlook:
     @property
     def newcomers_arguments(self) -> tuple[float, float, bool]:
         """Limit and number per second of answers that will begin, and whether they are known."""
-        load, tpot = self._load.load(), self._profile.default_slos.tpot_seconds
-        if load is None or tpot is None:
+        tpot = self._profile.default_slos.tpot_seconds
+        if tpot is None or not self._load.known:
             return 0.0, 0.0, False
-        return tpot, load.prefill_iterations_per_second * load.prefill_requests_per_iteration, True
+        return tpot, self._load.prompts_per_second, True
 
     def successors_arguments(self, clock_index: int) -> tuple[float, float]:
         """Batch at a clock that takes the place of those that end, and its mean context in tokens.
 
         The batch is below 0 while it is not known.
         """
-        load = self._load.load()
         equilibrium = self._settled.equilibrium
-        if load is None or equilibrium is None:
+        if equilibrium is None or not self._load.known:
             return -1.0, 0.0
-        return float(equilibrium.batch_requests[clock_index]), load.context_tokens
+        return float(equilibrium.batch_requests[clock_index]), self._load.context_tokens
 
     @property
     def equilibrium(self) -> Equilibrium | None:
@@ -225,8 +224,10 @@ class Outlook:
         if self._pieces is not None and now_seconds > self._started_seconds + spread_seconds:
             self._pieces = None  # of a load that was: begun anew
         if self._pieces is None:
+            if now_seconds < self._due_seconds:
+                return None
             load = self._load.load()
-            if load is None or now_seconds < self._due_seconds:
+            if load is None:
                 return None
             self._at_once = (
                 self._settled.equilibrium is None or elapsed * _PIECES_COUNT > spread_seconds

@@ -29,8 +29,14 @@ if TYPE_CHECKING:
 
     from throttle.control.compilation import CompiledSteps
 
+    #: Which rows run; their computed and generated tokens; engine time, NaN while only planned;
+    #: `fastest_seconds`: what `advance` takes after the rows.
+    _Steps = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], float, float]
+
 _INITIAL_ROWS = 64
 _NOBODY = np.empty(0, np.int64)
+#: Of nobody.
+_NO_STEPS = (_NOBODY, _NOBODY, _NOBODY, math.nan, 0.0)
 
 
 class Column(enum.IntEnum):
@@ -132,10 +138,12 @@ class Scoreboard:
         self._free = list(range(_INITIAL_ROWS - 1, -1, -1))
         self._slot_by_number: dict[int, int] = {}
         self._class_index: dict[str, int] = {}
+        self._class_names: tuple[str, ...] = ()
         self._running: list[int] = []
         self._running_index = np.empty(0, np.int64)  # the same, as it is read and written
         self._running_numbers: Sequence[int] | None = []  # None once an event has changed it
         self._waiting: dict[int, None] = {}  # request numbers, in order of arrival
+        self._steps: _Steps | None = None  # told, not yet in the rows
         self._progress_seen = False
         self._fastest_seconds = 0.0
 
@@ -147,7 +155,7 @@ class Scoreboard:
     @property
     def length_classes(self) -> Sequence[str]:
         """Names of the length classes; the position is the class's index."""
-        return tuple(self._class_index)
+        return self._class_names
 
     @property
     def running_count(self) -> int:
@@ -161,24 +169,35 @@ class Scoreboard:
 
     def live(self) -> LiveRequests:
         """Rows of the running and the waiting requests, copied."""
-        rows, running, waiting = self.places()
+        self._catch_up()
+        rows, running, waiting, _ = self.places()
         return LiveRequests(rows[running], rows[waiting])
 
-    def places(self) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-        """All rows, not copied, and which of them run and wait, in the order of `live`."""
+    def places(self) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64], _Steps]:
+        """All rows, not copied; which of them run and wait, in the order of `live`; steps.
+
+        The steps are what `advance` takes after the rows: whoever asks has to take them.
+        """
         if len(self._running_index) != len(self._running):
             self._running_index = np.array(self._running, dtype=np.int64)
         waiting = _NOBODY
         if self._waiting:
             slots = [self._slot_by_number[number] for number in self._waiting]
             waiting = np.array(slots, dtype=np.int64)
-        return self._rows, self._running_index, waiting
+        steps, self._steps = self._steps or _NO_STEPS, None
+        return self._rows, self._running_index, waiting, steps
+
+    def _catch_up(self) -> None:
+        """Take the steps that were told last."""
+        steps, self._steps = self._steps, None
+        if steps is not None:
+            self._advance(self._rows, *steps)
 
     def generated_tokens(self) -> NDArray[np.float64]:
         """Output so far of the running requests whose prompt is computed, (n,)."""
-        rows, running, _ = self.places()
-        generating = rows[running, Column.COMPUTED] >= rows[running, Column.TARGET]
-        tokens: NDArray[np.float64] = rows[running[generating], Column.GENERATED]
+        running = self.live().running
+        generating = running[:, Column.COMPUTED] >= running[:, Column.TARGET]
+        tokens: NDArray[np.float64] = running[generating, Column.GENERATED]
         return tokens
 
     def apply(self, state: IterationState, fastest_seconds: float = 0.0) -> list[EndedRequest]:
@@ -189,6 +208,7 @@ class Scoreboard:
             fastest_seconds: Time that the fastest clock would have taken for all that was computed
                 so far; only differences count.
         """
+        self._catch_up()
         self._fastest_seconds = fastest_seconds
         ended = []
         for event in state.request_events:
@@ -272,8 +292,7 @@ class Scoreboard:
         if not len(numbers):
             return vanished
         done = state.phase is not Phase.PLANNED
-        self._advance(
-            self._rows,
+        self._steps = (
             self._running_index,
             np.array(progress.computed_prompt_tokens, dtype=np.int64),
             np.array(progress.generated_tokens, dtype=np.int64),
@@ -336,10 +355,13 @@ class Scoreboard:
         return slot
 
     def _class_name(self, row: NDArray[np.float64]) -> str:
-        return tuple(self._class_index)[int(row[Column.LENGTH_CLASS])]
+        return self._class_names[int(row[Column.LENGTH_CLASS])]
 
     def _class_of(self, name: str) -> int:
-        return self._class_index.setdefault(name, len(self._class_index))
+        if name not in self._class_index:
+            self._class_index[name] = len(self._class_index)
+            self._class_names = (*self._class_names, name)
+        return self._class_index[name]
 
 
 def _or(value: float | None, otherwise: float) -> float:

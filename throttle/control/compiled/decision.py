@@ -18,6 +18,7 @@ from throttle.control import feedback, selection
 from throttle.control.compiled.compiler import compiled
 from throttle.control.compiled.lateness import lateness_of
 from throttle.control.compiled.projection import project_rows
+from throttle.control.compiled.scoreboard import advance
 from throttle.control.compiled.slack import correct_prediction, slack_of
 from throttle.control.feedback import Learned, Observed
 from throttle.control.outcome import Outcome
@@ -96,10 +97,10 @@ def decide(
     late: tuple[float, float, float],
     outcome: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Project, predict, learn, correct, measure and choose.
+    """Advance, project, predict, learn, correct, measure and choose.
 
     Args:
-        requests: All rows of the scoreboard, (R, columns); which of them run and wait, in order.
+        requests: `Scoreboard.places`; the rows are changed by the steps.
         lengths: `LengthTable.arguments`.
         engine: Limits on tokens and requests of a batch, KV blocks, tokens of one; GPUs; share of
             the KV cache that is pressure; shares of the limits that may be planned with (TTFT, TBT,
@@ -124,7 +125,7 @@ def decide(
     Returns:
         Prediction of `due`, (3, S, C), uncorrected.
     """
-    rows, running, waiting = requests
+    rows, running, waiting, steps = requests
     starts, survival, expected_remaining, excess = lengths
     (
         tokens_limit,
@@ -147,6 +148,7 @@ def decide(
     clocks_mhz, current, elapsed_seconds, reluctance = standing
     late_limit_ratio, late_answers, late_target_ratio = late
     outcome[:] = 0.0
+    advance(rows, steps[0], steps[1], steps[2], steps[3], steps[4])
     nothing = np.empty((3, 0, len(clocks_mhz)))
 
     (

@@ -42,6 +42,10 @@ def finished(number, generated):
     return RequestEvent(EventKind.FINISHED, number, generated_tokens=generated)
 
 
+def preempted(number, generated):
+    return RequestEvent(EventKind.PREEMPTED, number, generated_tokens=generated)
+
+
 def arrived(number, prompt, cached=0):
     return RequestEvent(EventKind.ARRIVED, number, prompt_tokens=prompt, cached_tokens=cached)
 
@@ -77,7 +81,7 @@ def test_cached_tokens_are_nobodys_work_and_preempted_ones_are_done_again():
     ledger = EngineLedger("e", ["a"])
     ledger.note(completed(1, 1.0, {1: (100, 1), 2: (10, 0)}, [arrived(1, 100, 90)]), 1.0)
     ledger.note(
-        completed(2, 1.0, {2: (11, 0)}, [RequestEvent(EventKind.PREEMPTED, 1, generated_tokens=1)]),
+        completed(2, 1.0, {2: (11, 0)}, [preempted(1, 1)]),
         2.0,
     )
     ledger.note(completed(3, 1.0, {1: (40, 1)}, [finished(2, 0)]), 3.0)
@@ -90,6 +94,23 @@ def test_cached_tokens_are_nobodys_work_and_preempted_ones_are_done_again():
     assert second.tokens_count == 10 + 1
     assert first.energy_joules == pytest.approx(210.0 * (11 / 21 + 2))
     assert second.energy_joules == pytest.approx(210.0 * (10 / 21 + 1))
+
+
+def test_requests_that_run_together_for_long_are_shared_to_as_singly():
+    ledger = EngineLedger("e", ["a"])
+    ledger.note(heartbeat(1, [arrived(1, 30), arrived(2, 10)]), 0.0)
+    for number in range(2, 8):  # the first computes 30 and 10 tokens, the others 1 and 1
+        generated = number - 2
+        ledger.note(completed(number, 1.0, {1: (30, generated), 2: (10, generated)}), number - 1.0)
+    ledger.note(completed(8, 1.0, {1: (30, 9), 2: (10, 5)}), 7.0)  # 4 tokens and none
+    ledger.note(completed(9, 1.0, {1: (30, 10), 2: (0, 5)}, [preempted(2, 5)]), 8.0)
+    ledger.note(completed(10, 1.0, {1: (30, 10), 2: (10, 5)}), 9.0)  # computed anew
+    ledger.note(heartbeat(11, [finished(1, 10), finished(2, 6)]), 9.0)
+    ledger.add("a", 0.0, 9.0, 900.0)
+    shares = [(r.request_number, r.tokens_count) for r in ledger.close().recent_requests]
+    joules = [r.energy_joules for r in ledger.close().recent_requests]
+    assert shares == [(1, 40), (2, 25)]
+    assert joules == pytest.approx([75.0 + 250.0 + 100.0 + 100.0, 25.0 + 250.0 + 100.0])
 
 
 def test_an_iteration_that_names_no_requests_is_unassigned():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -46,6 +47,24 @@ def test_a_waiting_taker_is_woken(mailbox, arrival):
     mailbox.put(one)
     taker.join(10.0)
     assert taken == [[one]]
+
+
+def test_what_was_taken_without_waiting_wakes_nobody_later(mailbox, arrival):
+    for _ in range(3):
+        mailbox.put(arrival())
+        assert len(mailbox.waiting()) == 1
+    started = time.monotonic()
+    assert mailbox.take(0.05) == []
+    assert time.monotonic() - started >= 0.05
+
+
+def test_an_end_wakes_a_waiting_taker(mailbox):
+    taken = []
+    taker = threading.Thread(target=lambda: taken.append(mailbox.take(None)))
+    taker.start()
+    mailbox.end()
+    taker.join(10.0)
+    assert taken == [None]
 
 
 def test_an_orderly_end_delivers_what_waits_first(mailbox, arrival):

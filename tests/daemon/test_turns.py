@@ -14,7 +14,7 @@ def _run(function):
 
 
 def test_a_second_decision_waits_until_the_first_is_done():
-    turns = Turns(1, patience_seconds=30.0)
+    turns = Turns(patience_seconds=30.0)
     inside, leave, order = threading.Event(), threading.Event(), []
 
     def first():
@@ -39,13 +39,13 @@ def test_a_second_decision_waits_until_the_first_is_done():
 
 
 def test_a_turn_that_is_never_given_back_holds_nobody_up_for_good():
-    turns = Turns(1, patience_seconds=0.01)
+    turns = Turns(patience_seconds=0.01)
     with turns.turn(), turns.turn():
         pass
 
 
 def test_a_turn_taken_out_of_patience_frees_none():
-    turns = Turns(1, patience_seconds=0.05)
+    turns = Turns(patience_seconds=0.05)
     entered_seconds = []
     with turns.turn():
         with turns.turn():
@@ -57,7 +57,7 @@ def test_a_turn_taken_out_of_patience_frees_none():
 
 
 def test_a_failed_decision_gives_its_turn_back():
-    turns = Turns(1, patience_seconds=30.0)
+    turns = Turns(patience_seconds=30.0)
     started = time.monotonic()
     for _ in range(2):
         with contextlib.suppress(ZeroDivisionError), turns.turn():

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import collections
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from throttle.control.state import EventKind, Phase
+from throttle.control.state import Phase
+from throttle.daemon.request_shares import RequestEnergy, RequestShares
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -27,25 +28,8 @@ _SEGMENTS_LIMIT: Final = 1024
 #: Iterations that wait for energy (a GPU that cannot be read); beyond it the oldest is settled. Ten
 #: seconds of a fast engine: each is kept whole, so that many engines' would fill the memory.
 _ITERATIONS_LIMIT: Final = 512
-#: Requests that are followed at once; beyond it the oldest is forgotten, its energy is not.
-_REQUESTS_LIMIT: Final = 65_536
 #: Engines that are gone and whose total is still known; beyond it the oldest is forgotten.
 _ENGINES_LIMIT: Final = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class RequestEnergy:
-    """A request that ended.
-
-    Attributes:
-        request_number: As the engine calls it.
-        energy_joules: Its share of every iteration it was in.
-        tokens_count: Tokens computed for it, of prompt and answer, anew ones included.
-    """
-
-    request_number: int
-    energy_joules: float
-    tokens_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,26 +106,6 @@ class _Track:
         return sum(segment.joules for segment in self.segments)
 
 
-@dataclass(slots=True)
-class _Request:
-    prompt_tokens: int = 0  # in KV as far as known
-    generated_tokens: int = 0
-    tokens_count: int = 0
-    joules: float = 0.0
-
-
-@dataclass(slots=True)
-class _Work:
-    """Who an iteration computed tokens for, and who ended with it."""
-
-    tokens: dict[int, int] = field(default_factory=dict)
-    ended: list[int] = field(default_factory=list)
-
-    def grow(self, number: int, count: int) -> None:
-        if count > 0:
-            self.tokens[number] = self.tokens.get(number, 0) + count
-
-
 class EngineLedger:
     """One engine's energy. Thread safe; `note` is cheap, and the rest is done by who samples."""
 
@@ -164,7 +128,7 @@ class EngineLedger:
         self._lock = threading.Lock()
         self._noted: collections.deque[tuple[IterationState, float]] = collections.deque()
         self._tracks = {uuid: _Track() for uuid in self.gpu_uuids}
-        self._requests: dict[int, _Request] = {}
+        self._shares = RequestShares()
         self._recent: collections.deque[RequestEnergy] = collections.deque(maxlen=_RECENT_COUNT)
         self._requests_count = 0
         self._requests_joules = self._idle_joules = self._unassigned_joules = 0.0
@@ -218,68 +182,20 @@ class EngineLedger:
 
     def _settle_one(self) -> None:
         state, seconds = self._noted.popleft()
-        work = self._work(state)
+        self._shares.advance(state)
         if state.phase is Phase.HEARTBEAT:
             self._idle_joules += self._take(seconds)
         elif state.phase is Phase.COMPLETED:
             self._idle_joules += self._take(seconds - (state.iteration_duration_seconds or 0.0))
-            self._share_out(self._take(seconds), work.tokens)
-        for number in work.ended:
-            self._end(number)
-
-    def _share_out(self, joules: float, tokens: dict[int, int]) -> None:
-        total = sum(tokens.values())
-        if total == 0:
-            self._unassigned_joules += joules
-            return
-        self._requests_joules += joules
-        for number, count in tokens.items():
-            request = self._follow(number)
-            request.joules += joules * count / total
-            request.tokens_count += count
-
-    def _work(self, state: IterationState) -> _Work:
-        """Tokens since the state before, per request."""
-        work = _Work()
-        for event in state.request_events:
-            if event.kind is EventKind.ARRIVED:  # cached tokens are nobody's work
-                self._follow(event.request_number).prompt_tokens = event.cached_tokens
-            elif event.kind is EventKind.PREEMPTED:  # computed anew
-                self._follow(event.request_number).prompt_tokens = 0
-        if state.progress is not None and state.phase is Phase.COMPLETED:
-            for number, prompt, generated in zip(
-                state.progress.request_numbers,
-                state.progress.computed_prompt_tokens,
-                state.progress.generated_tokens,
-                strict=True,
-            ):
-                request = self._follow(number)
-                grown = max(0, prompt - request.prompt_tokens)
-                grown += max(0, generated - request.generated_tokens)
-                request.prompt_tokens, request.generated_tokens = prompt, generated
-                work.grow(number, grown)
-        for event in state.request_events:
-            if event.kind in {EventKind.FINISHED, EventKind.ABORTED}:
-                request = self._follow(event.request_number)
-                work.grow(event.request_number, event.generated_tokens - request.generated_tokens)
-                work.ended.append(event.request_number)
-        return work
-
-    def _follow(self, number: int) -> _Request:
-        if number not in self._requests:
-            if len(self._requests) >= _REQUESTS_LIMIT:
-                del self._requests[next(iter(self._requests))]
-            self._requests[number] = _Request()
-        return self._requests[number]
-
-    def _end(self, number: int) -> None:
-        request = self._requests.pop(number, None)
-        if request is None:
-            return
-        ended = RequestEnergy(number, request.joules, request.tokens_count)
-        self._requests_count += 1
-        self._recent.append(ended)
-        self._on_request(ended)
+            joules = self._take(seconds)
+            if self._shares.share_out(joules):
+                self._requests_joules += joules
+            else:
+                self._unassigned_joules += joules
+        for ended in self._shares.end(state):
+            self._requests_count += 1
+            self._recent.append(ended)
+            self._on_request(ended)
 
     def _take(self, until_seconds: float) -> float:
         return sum(track.take(until_seconds) for track in self._tracks.values())

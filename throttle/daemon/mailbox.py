@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
+import time
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 from throttle.errors import ThrottleError
@@ -33,7 +37,10 @@ class Mailbox:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()  # guards what follows
+        # one for each time that something comes where nothing was: the interpreter's own queue
+        # wakes its reader without a line of Python, which a condition does not
+        self._woken: SimpleQueue[None] = SimpleQueue()
         self._arrivals: list[Arrival] = []
         self._bytes = 0  # of their messages
         self._oldest_seconds: float | None = None
@@ -57,7 +64,7 @@ class Mailbox:
             ThrottleError: Too many wait already.
         """
         size = arrival.message.ByteSize()
-        with self._condition:
+        with self._lock:
             if self._oldest_seconds is None:
                 self._oldest_seconds = self._clock()
             count = len(self._arrivals)
@@ -70,15 +77,16 @@ class Mailbox:
                 )
             self._arrivals.append(arrival)
             self._bytes += size
-            self._condition.notify()
+            if not count:
+                self._woken.put(None)
 
     def end(self, error: BaseException | None = None) -> None:
         """No more states will come; the first call's error counts."""
-        with self._condition:
+        with self._lock:
             if not self._ended:
                 self._ended = True
                 self._error = error
-            self._condition.notify()
+            self._woken.put(None)
 
     def take(self, timeout_seconds: float | None) -> list[Arrival] | None:
         """Everything that waits, oldest first.
@@ -90,19 +98,28 @@ class Mailbox:
             The states; an empty list after the timeout; None when the stream has ended, by an error
             at once, else when nothing waits any more.
         """
-        with self._condition:
-            self._condition.wait_for(lambda: self._ended or self._arrivals, timeout_seconds)
-            if self._ended and (self._error is not None or not self._arrivals):
-                return None
-            return self._take()
+        due = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while True:
+            with self._lock:
+                if self._ended and (self._error is not None or not self._arrivals):
+                    return None
+                if self._arrivals:
+                    return self._take()
+            left = due - time.monotonic()
+            if left <= 0.0:
+                return []
+            with contextlib.suppress(Empty):
+                self._woken.get(timeout=None if due == math.inf else left)
 
     def waiting(self) -> list[Arrival]:
         """What has come by now, oldest first; none where the stream has ended by an error."""
-        with self._condition:
+        with self._lock:
             return [] if self._error is not None else self._take()
 
     def _take(self) -> list[Arrival]:
         arrivals, self._arrivals = self._arrivals, []
+        if not self._woken.empty():  # told already
+            self._woken.get_nowait()
         self._bytes = 0
         self._oldest_seconds = None
         return arrivals

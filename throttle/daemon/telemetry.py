@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from throttle.actuation.backend import GpuReading
     from throttle.control.state import IterationState
-    from throttle.daemon.attribution import EngineEnergy, EngineLedger, RequestEnergy
+    from throttle.daemon.attribution import EngineEnergy, EngineLedger
+    from throttle.daemon.request_shares import RequestEnergy
 
 
 @dataclass(frozen=True, slots=True)

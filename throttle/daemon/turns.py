@@ -9,38 +9,43 @@ its mailbox when it comes, and decides on the newest alone.
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import Final, Self
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-#: Decisions at once. With two, states of 64 engines were half as old again on two cores.
-TURNS_COUNT: Final = 1
 #: Longest wait for a turn. One that hangs must not hold up other engines for good.
 PATIENCE_SECONDS: Final = 0.25
 
 
 class Turns:
-    """Who may decide now.
+    """Who may decide now: one at a time.
+
+    With two at a time, states of 64 engines were half as old again on two cores.
 
     Args:
-        count: Decisions at once.
         patience_seconds: After this long a turn is taken even if none is free.
     """
 
-    def __init__(
-        self, count: int = TURNS_COUNT, patience_seconds: float = PATIENCE_SECONDS
-    ) -> None:
-        self._free = threading.Semaphore(count)
+    def __init__(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        # the interpreter's own lock: a semaphore is Python, and costs as much as a small decision
+        self._free = threading.Lock()
         self._patience_seconds = patience_seconds
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait for a turn and keep it for the block."""
-        ours = self._free.acquire(timeout=self._patience_seconds)
-        try:
-            yield
-        finally:
-            if ours:
-                self._free.release()
+    def turn(self) -> _Turn:
+        """Wait for a turn and keep it for the `with` block."""
+        return _Turn(self._free, self._patience_seconds)
+
+
+class _Turn:
+    __slots__ = ("_free", "_ours", "_patience_seconds")
+
+    def __init__(self, free: threading.Lock, patience_seconds: float) -> None:
+        self._free = free
+        self._patience_seconds = patience_seconds
+        self._ours = False
+
+    def __enter__(self) -> Self:
+        self._ours = self._free.acquire(timeout=self._patience_seconds)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            self._free.release()

@@ -8,8 +8,9 @@ together. Three figures come of each pair: tokens per second; processor time per
 process of the engine; and that of its loop alone, the threads that schedule and compute, for which
 tokens wait. The last two bear other programs on the machine, the first does not. The engine is
 pinned to one core, daemon and load to the others: with all of its work, the model's too, on one
-core, whatever an adapter computes is felt. `--free` lets the engine have every core, `--layers`
-makes the model's part larger.
+core, whatever an adapter computes is felt. With `--spare-core` the process that sends for the
+adapter has the other cores, as where the engine does not fill its host; `--free` lets the engine
+have every core, `--layers` makes the model's part larger.
 """
 
 from __future__ import annotations
@@ -52,16 +53,36 @@ def start(folder, options, *arguments, **environment):
         os.sched_setaffinity(0, OTHER_CORES)
 
 
+def processes(pid):
+    """A process and all below it, as they are found."""
+    below = [pid]
+    for each in below:
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{each}/task").iterdir():
+                below += map(int, (task / "children").read_text().split())
+    return below
+
+
+def move_sender(server):
+    """Let the process that sends for the adapter, and none else of the engine, leave its core."""
+    senders = [
+        each
+        for each in processes(server.process.popen.pid)
+        if b"throttle.engines.sender" in Path(f"/proc/{each}/cmdline").read_bytes()
+    ]
+    assert len(senders) == 1, f"{len(senders)} senders"
+    for task in Path(f"/proc/{senders[0]}/task").iterdir():
+        os.sched_setaffinity(int(task.name), OTHER_CORES)
+
+
 def processor_seconds(pid):
     """User and system time of a process and all below it that lives: of all, and of the loop."""
-    every, loop, below = 0.0, 0.0, [pid]
-    for each in below:
+    every = loop = 0.0
+    for each in processes(pid):
         with contextlib.suppress(OSError):
             every += _seconds(Path(f"/proc/{each}/stat"))
             if Path(f"/proc/{each}/comm").read_text().startswith(LOOPS):
                 loop += _seconds(Path(f"/proc/{each}/task/{each}/stat"))
-            for task in Path(f"/proc/{each}/task").iterdir():
-                below += map(int, (task / "children").read_text().split())
     return every, loop
 
 
@@ -115,6 +136,8 @@ def one_round(folder, arguments, draw):
             server.wait()
             play(server, arguments.tokens, draw)
         until(daemon.engine_status, "registration", 30.0)
+        if arguments.spare_core:
+            move_sender(servers["with"])
         for number in range(arguments.pairs):
             order = ("without", "with") if number % 2 else ("with", "without")
             found = {name: play(servers[name], arguments.tokens, draw) for name in order}
@@ -131,6 +154,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=12, help="in a round")
     parser.add_argument("--tokens", type=int, default=256, help="of each answer")
     parser.add_argument("--layers", type=int, default=2, help="of the model")
+    parser.add_argument("--spare-core", action="store_true", help="the sender has other cores")
     parser.add_argument("--free", action="store_true", help="do not pin the engine to one core")
     arguments = parser.parse_args()
     draw = random.Random(1)
@@ -144,7 +168,8 @@ def main():
     speed, every, loop = (statistics.median(column) for column in zip(*plain, strict=True))
     print(
         f"\n{arguments.adapter}, {len(ratios)} pairs, {RUNNING_COUNT} running requests, "
-        f"{arguments.layers} layers{', not pinned' if arguments.free else ''}; without: "
+        f"{arguments.layers} layers{', not pinned' if arguments.free else ''}"
+        f"{', the sender on another core' if arguments.spare_core else ''}; without: "
         f"{speed:.0f} tokens per second, {1e6 * every:.1f} us of processor time per token, "
         f"{1e6 * loop:.1f} us of it in the loop"
     )

@@ -30,18 +30,21 @@ def measure(
     """As `throttle.control.prompt_work.measure`."""
     figures = np.empty((len(WINDOW_SECONDS), 3))
     known = 0
+    firsts, first = np.empty(len(begins), np.int64), 0  # the same for windows of every length
+    for index in range(len(begins)):
+        while first < len(starts) and starts[first] < begins[index] - SAME_MOMENT_SECONDS:
+            first += 1
+        firsts[index] = first
     for window in WINDOW_SECONDS:
         count, weight, share, total, squares = 0, 0.0, 0.0, 0.0, 0.0
-        first = stop = 0
+        stop = 0
         for index in range(len(begins)):
             begin = begins[index]
             if begin + window > now_seconds:
                 break
-            while first < len(starts) and starts[first] < begin - SAME_MOMENT_SECONDS:
-                first += 1
             while stop < len(starts) and starts[stop] < begin + window - SAME_MOMENT_SECONDS:
                 stop += 1
-            came = max(before[stop] - before[first], 0.0)
+            came = max(before[stop] - before[firsts[index]], 0.0)
             own = weights[index]
             count += 1
             weight += own

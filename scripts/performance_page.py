@@ -90,7 +90,7 @@ more than tails. Nothing here needs a GPU; the engines are simulated, and no two
 
 {_table(("", "at most", "measured", "kept"), _goals(decision, daemon, played))}
 
-In fixed computations (below), which tell how fast the machine was at the time, a decision of 64 requests takes {_in_fixed(decision, paced=False)} back to back and
+What was tried is in [decision 12](decisions/0012-a-decision-is-one-call.md). In fixed computations (below), which tell how fast the machine was at the time, a decision of 64 requests takes {_in_fixed(decision, paced=False)} back to back and
 {_in_fixed(decision, paced=True)} paced.
 
 ## One decision, in process

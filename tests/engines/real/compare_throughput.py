@@ -2,6 +2,8 @@
 
     python -m tests.engines.real.compare_throughput [--adapter scheduler] [--rounds 2] [--pairs 12]
 
+With `--adapter none` neither server has one: what two servers that do the same differ by.
+
 Each round starts two servers on a tiny random Qwen3-MoE, one of them with the adapter and a daemon
 to report to, and gives the same load to both by turns: 256 requests at once, which all run
 together. Three figures come of each pair: tokens per second; processor time per token of every
@@ -33,6 +35,7 @@ RUNNING_COUNT = 256
 PROMPT_TOKENS = 32
 CORES = sorted(os.sched_getaffinity(0))
 OTHER_CORES = set(CORES[1:]) or set(CORES)
+NO_ADAPTER = "none"
 #: vLLM's names of the processes whose main threads schedule and compute.
 LOOPS = ("VLLM::EngineCor", "VLLM::Worker")
 FIGURES = ("tokens per second", "processor time per token", "of the engine's loop alone")
@@ -122,26 +125,32 @@ def one_round(folder, arguments, draw):
     with contextlib.ExitStack() as stack:
         stack.callback(daemon.stop)
         daemon.start()
+        adapted = arguments.adapter != NO_ADAPTER
+        environment = {
+            "THROTTLE_ADDRESS": daemon.target, "THROTTLE_ENGINE_GPUS": GPU_UUID,
+            "THROTTLE_ENGINE_MODE": "act", "THROTTLE_ENGINE_TPOT_SECONDS": "0.2",
+        }  # fmt: skip
         servers = {
             "without": start(folder / "without", arguments),
-            "with": start(
-                folder / "with", arguments, *ADAPTERS[arguments.adapter],
-                THROTTLE_ADDRESS=daemon.target, THROTTLE_ENGINE_GPUS=GPU_UUID,
-                THROTTLE_ENGINE_MODE="act", THROTTLE_ENGINE_TPOT_SECONDS="0.2",
-            ),
-        }  # fmt: skip
+            "with": start(folder / "with", arguments, *ADAPTERS[arguments.adapter], **environment)
+            if adapted
+            else start(folder / "with", arguments),
+        }
         for server in servers.values():
             stack.callback(server.stop)
         for server in servers.values():
             server.wait()
             play(server, arguments.tokens, draw)
-        until(daemon.engine_status, "registration", 30.0)
-        if arguments.spare_core:
+        if adapted:
+            until(daemon.engine_status, "registration", 30.0)
+        if adapted and arguments.spare_core:
             move_sender(servers["with"])
         for number in range(arguments.pairs):
             order = ("without", "with") if number % 2 else ("with", "without")
             found = {name: play(servers[name], arguments.tokens, draw) for name in order}
             yield found["without"], found["with"]
+        if not adapted:
+            return
         # an adapter that fails is left out by the engine, and would cost nothing
         assert daemon.engine_status().states_count >= arguments.pairs * arguments.tokens
         assert "throttle adapter failed" not in servers["with"].process.text()
@@ -149,7 +158,8 @@ def one_round(folder, arguments, draw):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--adapter", choices=ADAPTERS, default="stat_logger")
+    adapters = [*ADAPTERS, NO_ADAPTER]
+    parser.add_argument("--adapter", choices=adapters, default="stat_logger")
     parser.add_argument("--rounds", type=int, default=2, help="fresh servers each")
     parser.add_argument("--pairs", type=int, default=12, help="in a round")
     parser.add_argument("--tokens", type=int, default=256, help="of each answer")

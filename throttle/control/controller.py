@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +11,7 @@ from throttle.control.compilation import compiled_steps
 from throttle.control.evaluation import Evaluation, judge_clocks
 from throttle.control.forecast import Forecast, Forecaster
 from throttle.control.late_price import LatePrice
+from throttle.control.long_run import LongRun
 from throttle.control.outcome import Outcome
 from throttle.control.scoreboard import Scoreboard
 from throttle.control.selection import (
@@ -33,33 +32,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from predictors.prediction import Predictor
-    from throttle.control.cruise import Equilibrium
     from throttle.control.settings import ControlSettings
 
 
 #: By value: an enumeration that is called takes longer than a dictionary.
 _REASONS = {int(reason): reason for reason in Reason}
 _SLOS = {int(slo): slo for slo in Slo}
-
-
-@dataclass(frozen=True, slots=True)
-class _LongRun:
-    """What follows from an equilibrium for all decisions until the next.
-
-    Attributes:
-        equilibrium: Of the present load.
-        carried: Clocks that may be chosen and carry the load, (C,).
-        cruise_clock_mhz: That of least average power among them; 0 where there is none.
-        average_watts: Of all GPUs at the present load, working at each clock, (C,).
-        default_average_watts: The same, never throttled and not parked either: what is never
-            throttled idles at its default clocks.
-    """
-
-    equilibrium: Equilibrium
-    carried: NDArray[np.bool_]
-    cruise_clock_mhz: int
-    average_watts: list[float]
-    default_average_watts: float
 
 
 class Controller:
@@ -110,7 +88,7 @@ class Controller:
         self._fastest_seconds = 0.0  # what all iterations so far would have taken at the fastest
         self._fastest_ratio = 1.0  # duration at the fastest clock over that at the chosen one
         self._idle_since_seconds: float | None = None
-        self._known_long_run: _LongRun | None = None
+        self._known_long_run: LongRun | None = None
         self._working_index = self._ceiling  # clock of the last decision about work
 
     @property
@@ -389,25 +367,19 @@ class Controller:
         )
         return Binding(Slo(kind), int(number), float(left)) if kind else None
 
-    def _long_run(self) -> _LongRun | None:
+    def _long_run(self) -> LongRun | None:
         """Of the present equilibrium; computed anew once there is another."""
         equilibrium = self._forecaster.outlook.equilibrium
         if equilibrium is None:
             return None
         if self._known_long_run is None or self._known_long_run.equilibrium is not equilibrium:
-            carried = self._allowed & np.isfinite(equilibrium.power_watts)
-            power = np.where(carried, equilibrium.power_watts, np.inf)
-            cruise = int(self._clocks_mhz[int(np.argmin(power))]) if carried.any() else 0
-            gpus, idle = len(self._profile.gpu_uuids), self._idle_power_watts
-            default = float(equilibrium.power_watts[-1])
-            if self._settings.parking:
-                default += float((1.0 - equilibrium.busy_ratio[-1]) * (idle[-1] - idle[0]))
-            self._known_long_run = _LongRun(
+            self._known_long_run = LongRun.of(
                 equilibrium,
-                carried,
-                cruise,
-                (equilibrium.power_watts * gpus).tolist(),
-                default * gpus,
+                self._clocks_mhz,
+                self._allowed,
+                self._idle_power_watts,
+                len(self._profile.gpu_uuids),
+                parking=self._settings.parking,
             )
         return self._known_long_run
 
@@ -442,8 +414,4 @@ class Controller:
         long_run = self._long_run()
         if long_run is None:
             return 0.0, 0.0
-        average = long_run.average_watts[self._working_index]
-        default = long_run.default_average_watts
-        if not math.isfinite(average + default):
-            return 0.0, 0.0  # the load is more than one of them carries
-        return average, default
+        return long_run.average_power_watts(self._working_index)
